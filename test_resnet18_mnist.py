@@ -1,0 +1,936 @@
+"""What resnet18_mnist.py promises, tested: `python -m pytest`. No network, about two minutes."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import math
+import os
+import pickle
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import resnet18_mnist as rm
+
+HERE = Path(__file__).parent
+SCRIPT = HERE / "resnet18_mnist.py"
+DEPTHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
+TIMINGS = ("seconds", "images_per_second")
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    for name, value in NO_NETWORK.items():
+        monkeypatch.setenv(name, value)
+
+
+def run(*arguments, cwd, **options):
+    """Run the program as a user does, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **NO_NETWORK},
+        capture_output=True,
+        text=True,
+        timeout=170,
+        **options,
+    )
+
+
+def write_idx(path: Path, array: torch.Tensor) -> None:
+    """Write a tensor of bytes in the format of the MNIST files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = struct.pack(f">I{array.dim()}I", 0x0800 + array.dim(), *array.shape)
+    path.write_bytes(header + array.to(torch.uint8).numpy().tobytes())
+
+
+@pytest.fixture
+def mnist_dir(tmp_path):
+    """A data folder in torchvision's layout, with 130 training and 40 test images."""
+    digits = rm.draw_synthetic_digits(1, 130, 40)
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    write_idx(raw / "train-images-idx3-ubyte", digits.train_images)
+    write_idx(raw / "train-labels-idx1-ubyte", digits.train_labels)
+    write_idx(raw / "t10k-images-idx3-ubyte", digits.test_images)
+    write_idx(raw / "t10k-labels-idx1-ubyte", digits.test_labels)
+    return tmp_path / "data"
+
+
+TRAIN = ("--dataset", "synthetic", "--limit", "320", "--val-size", "100", "--batch-size", "64")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder in which a user has trained for two epochs: (folder, what was printed)."""
+    cwd = tmp_path_factory.mktemp("user")
+    return cwd, run("train", *TRAIN, "--epochs", 2, cwd=cwd)
+
+
+# Network
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_parameter_counts(name):
+    expected = {
+        "resnet18": (11_689_512, 11_175_370, 11_173_962),
+        "resnet34": (21_797_672, 21_283_530, 21_282_122),
+        "resnet50": (25_557_032, 23_522_250, 23_520_842),
+        "resnet101": (44_549_160, 42_514_378, 42_512_970),
+        "resnet152": (60_192_808, 58_158_026, 58_156_618),
+    }[name]
+    with torch.device("meta"):
+        models = (
+            rm.MODELS[name](num_classes=1000, input_channels=3),
+            rm.MODELS[name](),
+            rm.MODELS[name](input_channels=3, stem="cifar"),
+        )
+    assert tuple(sum(p.numel() for p in model.parameters()) for model in models) == expected
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+@pytest.mark.parametrize("stem", rm.STEMS)
+@pytest.mark.parametrize(("channels", "size"), rm.INPUTS.values())
+def test_shapes_of_every_stage(name, stem, channels, size):
+    with torch.device("meta"):
+        model = rm.MODELS[name](input_channels=channels, stem=stem)
+        maps = model.get_feature_maps(torch.empty(2, channels, size, size))
+        logits = model(torch.empty(2, channels, size, size))
+    side = math.ceil(math.ceil(size / 2) / 2) if stem == "imagenet" else size
+    expected = {"stem": (2, 64, side, side)}
+    width = 512 // 64 if name in DEPTHS[:2] else 4 * 512 // 64
+    for number, planes in enumerate((64, 128, 256, 512), start=1):
+        expected[f"layer{number}"] = (2, planes * width // 8, side, side)
+        side = math.ceil(side / 2)
+    expected["pooled"] = (2, 64 * width)
+    assert {key: tuple(value.shape) for key, value in maps.items()} == expected
+    assert logits.shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_weights_logits_and_gradients_are_torchvisions(name):
+    torch.manual_seed(0)
+    theirs = getattr(torchvision.models, name)()
+    torch.manual_seed(0)
+    ours = rm.MODELS[name](num_classes=1000, input_channels=3)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for key, value in theirs.state_dict().items():  # the same seed gives the same initial weights
+        assert torch.equal(ours.state_dict()[key], value), key
+
+    torch.manual_seed(1)
+    images, labels = torch.randn(2, 3, 64, 64), torch.tensor([3, 7])
+    for model in (ours, theirs):
+        F.cross_entropy(model.train()(images), labels).backward()
+    for (key, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), key
+
+    fresh = rm.MODELS[name](num_classes=1000, input_channels=3)
+    fresh.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    with torch.no_grad():
+        logits = [model.eval()(images) for model in (ours, theirs, fresh)]
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+
+
+def test_initial_weights_are_hes():
+    for module in rm.resnet18().modules():
+        if isinstance(module, nn.Conv2d) and module.weight.numel() > 10_000:
+            fan_out = module.weight[:, 0].numel()
+            assert module.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.05)
+        elif isinstance(module, nn.BatchNorm2d):
+            assert bool((module.weight == 1).all())
+            assert bool((module.bias == 0).all())
+
+
+def test_unknown_stem_is_refused():
+    with pytest.raises(ValueError, match="stem"):
+        rm.resnet18(stem="vgg")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize(("channels", "size", "stem"), [(1, 28, "imagenet"), (3, 32, "cifar")])
+def test_layer_table_agrees_with_first_principles(name, channels, size, stem):
+    model = rm.MODELS[name](input_channels=channels, stem=stem)
+    flops = 0
+
+    def count(module, inputs, output):
+        nonlocal flops  # each weight meets each output position once: a product and a sum
+        flops += 2 * module.weight.numel() * output[0, 0].numel()
+
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_hook(count)
+    rows = rm.list_layers(model, torch.zeros(1, channels, size, size))
+    assert model.training  # as it was before
+    assert sum(row.flops for row in rows) == flops
+    assert sum(row.parameters for row in rows) == sum(p.numel() for p in model.parameters())
+    assert rows[0].name == "conv1"
+    assert rows[-1][:3] == ("fc", "10", sum(p.numel() for p in model.fc.parameters()))
+
+
+def test_live_share_is_the_share_of_weights_with_a_gradient():
+    model = rm.resnet18()
+    shares = {row.name: row.live for row in rm.list_layers(model, torch.zeros(1, 1, 28, 28))}
+    F.cross_entropy(model(torch.randn(8, 1, 28, 28)), torch.arange(8)).backward()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            # Looked at by tap, since a dead ReLU may leave single weights without a gradient.
+            reached = (module.weight.grad != 0).any(dim=0).any(dim=0).float().mean().item()
+            assert shares[name] == pytest.approx(reached), name
+    assert shares["layer4.1.conv2"] == pytest.approx(1 / 9)
+
+
+def test_visualize_model_architecture_prints_the_totals(capsys):
+    rm.visualize_model_architecture(rm.resnet18())
+    printed = capsys.readouterr().out
+    assert re.search(r"total +11,175,370 +66,021,888", printed)
+    assert "1×28×28" in printed
+    assert max(map(len, printed.splitlines())) <= 88
+
+
+# Data
+
+
+def test_loaders_have_the_right_counts_and_a_stratified_split():
+    data = rm.MNISTDataLoader(dataset="synthetic", seed=3)
+    assert data.get_data_loaders() == (data.train, data.test)
+    assert [len(part.labels) for part in (data.train, data.val, data.test)] == [5500, 500, 1000]
+    assert data.val.labels.bincount().tolist() == [50] * 10
+    assert sum(len(labels) for _, labels in data.train) == 5500
+    assert len(list(data.train)) == len(data.train) == math.ceil(5500 / 128)
+
+
+def test_split_is_disjoint_complete_and_stratified():
+    labels = torch.randint(0, 10, (1003,), generator=torch.Generator().manual_seed(0))
+    train, val = rm.split_by_class(labels, 100, seed=5)
+    assert len(val) == 100
+    assert torch.equal(torch.cat([train, val]).sort().values, torch.arange(1003))
+    share = labels[val].bincount(minlength=10) - labels.bincount(minlength=10) * 100 / 1003
+    assert share.abs().max() < 1
+    assert torch.equal(val, rm.split_by_class(labels, 100, seed=5)[1])
+    assert not torch.equal(val, rm.split_by_class(labels, 100, seed=6)[1])
+
+
+def test_select_on_test_trains_on_all_and_selects_on_the_test_set():
+    data = rm.MNISTDataLoader(dataset="synthetic", select_on="test")
+    assert len(data.train.labels) == 6000
+    assert data.val is data.test
+
+
+def test_limit_keeps_so_many_training_images_only():
+    data = rm.MNISTDataLoader(dataset="synthetic", limit=77)
+    assert [len(part.labels) for part in (data.train, data.val, data.test)] == [77, 500, 1000]
+
+
+@pytest.mark.parametrize("val_size", [0, 6000])
+def test_impossible_split_is_refused(val_size):
+    with pytest.raises(rm.UserError, match="val-size"):
+        rm.MNISTDataLoader(dataset="synthetic", val_size=val_size)
+
+
+def test_batches_are_what_torchvisions_transforms_give():
+    digits = rm.draw_synthetic_digits(0, 10, 10)
+    v1 = torchvision.transforms
+    normalise = v1.Normalize((rm.MNIST_MEAN,), (rm.MNIST_STD,))
+    gray = v1.Compose([v1.ToTensor(), normalise])
+    rgb = v1.Compose([v1.Resize((32, 32)), v1.Grayscale(3), v1.ToTensor(), normalise])
+    for name, transform in (("gray28", gray), ("rgb32", rgb)):
+        images, labels = next(iter(rm.Batches(*digits[1:3], 10, name)))
+        pictures = [Image.fromarray(image.numpy()) for image in digits.train_images]
+        expected = torch.stack([transform(picture) for picture in pictures])
+        assert images.shape == expected.shape
+        assert (images - expected).abs().max() < 1.01 / 255 / rm.MNIST_STD  # one step of gray
+        assert torch.equal(labels, digits.train_labels)
+
+
+def test_normalised_images_have_the_mean_and_deviation_that_they_should():
+    pixels = torch.tensor([0, 255]).repeat(392).view(1, 28, 28).byte()  # mean ½, deviation ½
+    images, _ = next(iter(rm.Batches(pixels, torch.zeros(1).long())))
+    assert images.mean().item() == pytest.approx((0.5 - 0.1307) / 0.3081, abs=1e-4)
+    assert images.std(correction=0).item() == pytest.approx(0.5 / 0.3081, abs=1e-4)
+
+
+def test_same_seed_same_batches_and_each_epoch_another_order():
+    def labels(seed, epoch):
+        batches = rm.MNISTDataLoader(dataset="synthetic", augment=True, limit=300, seed=seed).train
+        batches.set_epoch(epoch)
+        images, labels = zip(*batches, strict=True)
+        return torch.cat(images), torch.cat(labels)
+
+    first, again, later, other = labels(0, 1), labels(0, 1), labels(0, 2), labels(1, 1)
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[1], later[1])
+    assert torch.equal(first[1].sort().values, later[1].sort().values)
+    assert not torch.equal(first[1], other[1])
+
+
+def test_epochs_differ_without_set_epoch_too():
+    batches = rm.MNISTDataLoader(dataset="synthetic", limit=300).train
+    first, second = (torch.cat([labels for _, labels in batches]) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("n", "sizes"), [(5, [2, 3]), (6, [2, 2, 2]), (7, [2, 2, 3]), (1, [1]), (3, [3])]
+)
+def test_last_short_batch_is_kept_and_a_lone_image_joins(n, sizes):
+    batches = rm.Batches(torch.zeros(n, 28, 28).byte(), torch.arange(n), 2)
+    assert [len(labels) for _, labels in batches] == sizes
+    assert len(batches) == len(sizes)
+    assert torch.cat([labels for _, labels in batches]).tolist() == list(range(n))
+
+
+def test_augmentation_draws_for_each_image_and_keeps_the_digit():
+    image = rm.draw_synthetic_digits(0, 1, 1).train_images[:, None].float() / 255
+    draws = 2 * torch.rand(64, 3, generator=torch.Generator().manual_seed(0)) - 1
+    changed = rm.rotate_and_shift(image.expand(64, -1, -1, -1), draws)
+    assert len(torch.unique(changed.flatten(1), dim=0)) == 64
+    ink = changed.sum(dim=(1, 2, 3)) / image.sum()
+    assert (ink - 1).abs().max() < 0.1  # no stroke is lost
+    unchanged = rm.rotate_and_shift(image, torch.zeros(1, 3))
+    assert torch.allclose(unchanged, image, atol=1e-5)
+
+
+def test_augmentation_turns_by_degrees_and_shifts_by_tenths():
+    point = torch.zeros(1, 1, 40, 40)
+    point[..., 19:21, 19:21] = 1
+    shifted = rm.rotate_and_shift(point, torch.tensor([[0.0, -1.0, 0.5]]))
+    rows, columns = shifted[0, 0].sum(1), shifted[0, 0].sum(0)
+    where = torch.arange(40.0)
+    assert (columns @ where / columns.sum()).item() == pytest.approx(19.5 + 4, abs=1e-3)
+    assert (rows @ where / rows.sum()).item() == pytest.approx(19.5 - 2, abs=1e-3)
+    bar = torch.zeros(1, 1, 40, 40)
+    bar[..., 8:32, 18:22] = 1
+    ours = rm.rotate_and_shift(bar, torch.tensor([[1.0, 0.0, 0.0]]))
+    bilinear = torchvision.transforms.InterpolationMode.BILINEAR
+    theirs = torchvision.transforms.functional.rotate(bar, 10, bilinear)
+    assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_synthetic_digits_come_from_the_seed():
+    one, same, other = (rm.draw_synthetic_digits(seed, 50, 20) for seed in (1, 1, 2))
+    assert torch.equal(one.train_images, same.train_images)
+    assert not torch.equal(one.train_images, other.train_images)
+    assert not torch.equal(one.train_images[:20], one.test_images)
+    assert one.train_labels.bincount().tolist() == [5] * 10
+    assert one.train_images.dtype == torch.uint8
+    assert (one.train_images.flatten(1).amax(1) > 200).all()  # no font without digits
+    assert len(torch.unique(one.train_images.flatten(1), dim=0)) == 50
+
+
+def test_mnist_files_are_read(mnist_dir):
+    expected = rm.draw_synthetic_digits(1, 130, 40)
+    digits = rm.load_digits("auto", mnist_dir, 0)
+    assert digits.name == "mnist"
+    for ours, theirs in zip(digits[1:], expected[1:], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def damage_truncated(raw):
+    path = raw / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-1000])
+    return path.name
+
+
+def damage_magic(raw):
+    path = raw / "t10k-labels-idx1-ubyte"
+    path.write_bytes(b"\xff" * 4 + path.read_bytes()[4:])
+    return path.name
+
+
+def damage_empty(raw):
+    path = raw / "t10k-images-idx3-ubyte"
+    path.write_bytes(b"")
+    return path.name
+
+
+def damage_missing(raw):
+    (raw / "train-labels-idx1-ubyte").unlink()
+    return "train-labels-idx1-ubyte"
+
+
+def damage_counts(raw):
+    write_idx(raw / "train-labels-idx1-ubyte", torch.zeros(7))
+    return "train-labels"
+
+
+def damage_label(raw):
+    write_idx(raw / "t10k-labels-idx1-ubyte", torch.full((40,), 11))
+    return "t10k-labels"
+
+
+def damage_packed(raw):
+    for path in list(raw.iterdir()):
+        Path(f"{path}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    return "train-images-idx3-ubyte.gz"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_truncated,
+        damage_magic,
+        damage_empty,
+        damage_missing,
+        damage_counts,
+        damage_label,
+        damage_packed,
+    ],
+)
+@pytest.mark.parametrize("dataset", ["auto", "mnist"])
+def test_damaged_files_are_named(mnist_dir, damage, dataset):
+    name = damage(mnist_dir / "MNIST" / "raw")
+    with pytest.raises(rm.UserError, match=re.escape(name)) as caught:
+        rm.load_digits(dataset, mnist_dir, 0)
+    assert "\n" not in str(caught.value)
+
+
+# Device and recipe
+
+
+def test_pick_device():
+    assert rm.pick_device("cpu") == torch.device("cpu")
+    assert rm.pick_device(None).type in ("cuda", "mps", "xpu", "cpu")
+    with pytest.raises(rm.UserError, match=r"'cuda:99'.*cpu"):
+        rm.pick_device("cuda:99")
+    assert rm.pick_precision("fp32", torch.device("cpu")) == "fp32"
+    assert rm.pick_precision("auto", torch.device("cpu")) in ("fp32", "bf16")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"model": "vgg"},
+        {"lr": -1.0},
+        {"lr": math.nan},
+        {"batch_size": 1},
+        {"epochs": 0},
+        {"seed": -1},
+        {"precision": "fp8"},
+    ],
+)
+def test_wrong_hyperparameters_are_refused(wrong):
+    with pytest.raises(rm.UserError, match=next(iter(wrong))):
+        rm.Recipe(**wrong)
+
+
+# Training
+
+
+class LinearModel(nn.Sequential):
+    """A classifier that trains in no time."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(nn.Flatten(), nn.Linear(784, 10))
+
+
+def digits_loader(n=128, batch_size=32, **options):
+    digits = rm.draw_synthetic_digits(0, n, 10)
+    return rm.Batches(digits.train_images, digits.train_labels, batch_size, **options)
+
+
+@pytest.mark.parametrize("name", ["gray28", "rgb32"])
+def test_overfits_64_images(name):
+    torch.manual_seed(0)
+    recipe = rm.Recipe(input=name, lr=0.02, lr_patience=99, patience=99)
+    loader = digits_loader(64 if name == "gray28" else 32, 16, input=name, shuffle=True)
+    trainer = rm.ResNetTrainer(recipe.build_model(), "cpu", recipe, quiet=True)
+    for _ in range(6):
+        trainer.train(loader, num_epochs=5)
+        if trainer.test(loader)["accuracy"] == 100:
+            break
+    assert trainer.test(loader)["accuracy"] == 100
+
+
+def test_usage_of_the_readme():
+    data = rm.MNISTDataLoader(batch_size=64, dataset="synthetic", limit=128, val_size=50)
+    train_loader, test_loader = data.get_data_loaders()
+    model = rm.resnet18(num_classes=10, input_channels=1)
+    for p in model.layer1.parameters():
+        p.requires_grad = False
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    trainer = rm.ResNetTrainer(model, device="cpu", quiet=True)
+    history = trainer.train(
+        train_loader, val_loader=data.val, num_epochs=2, learning_rate=0.001, weight_decay=1e-4
+    )
+    assert history["epoch"] == [1, 2]
+    assert history["learning_rate"] == [0.001, 0.001]
+    assert history["train_loss"][1] < history["train_loss"][0]
+    assert torch.equal(before["layer1.0.conv1.weight"], model.layer1[0].conv1.weight)
+    assert not torch.equal(before["layer2.0.conv1.weight"], model.layer2[0].conv1.weight)
+    results = trainer.test(test_loader)
+    assert {"loss", "accuracy", "predictions", "labels"} <= results.keys()
+    right = (results["predictions"] == results["labels"]).float().mean().item()
+    assert results["accuracy"] == pytest.approx(100 * right)
+    images, _ = next(iter(test_loader))
+    assert list(model.get_feature_maps(images))[:2] == ["stem", "layer1"]
+
+
+def test_plain_dataloader_works_and_training_ends_on_the_best_weights():
+    digits = rm.draw_synthetic_digits(0, 200, 50)
+    images = digits.train_images[:, None].float() / 255
+    train = DataLoader(TensorDataset(images, digits.train_labels), 32, shuffle=True)
+    val = DataLoader(TensorDataset(images[:50], digits.train_labels[:50]), 32)
+    model = LinearModel()
+    history = rm.train_model(model, train, val, device="cpu", epochs=8, lr=0.5, momentum=0.99)
+    best = history["best"].index(True) if history["best"].count(True) == 1 else None
+    lowest = min(history["val_loss"])
+    assert best is None or history["val_loss"][best] == lowest
+    assert history["val_loss"][-1] > lowest  # else the test would show nothing
+    assert rm.evaluate(model, val, precision=rm.pick_precision("auto", torch.device("cpu")))[
+        "loss"
+    ] == pytest.approx(lowest)
+    assert rm.compute_accuracy(model, val, "cpu") > 10
+
+
+def test_evaluate_against_plain_arithmetic():
+    model, loader = LinearModel(), digits_loader(100)
+    results = rm.evaluate(model, loader)
+    logits = torch.cat([model(images) for images, _ in loader])
+    labels = torch.cat([labels for _, labels in loader])
+    assert results["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert torch.equal(results["predictions"], logits.argmax(dim=1))
+    assert torch.allclose(results["probabilities"].sum(dim=1), torch.ones(100))
+    assert model.training
+
+
+def test_accumulated_small_batches_are_one_large_batch():
+    weights = []
+    for batch_size, accumulate in ((48, 1), (12, 4)):
+        model, loader = LinearModel(), digits_loader(96, batch_size)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        rm.train_one_epoch(model, loader, optimizer, accumulate=accumulate)
+        weights.append(model[1].weight.detach())
+    assert torch.allclose(*weights, atol=1e-6)
+
+
+def test_a_short_last_group_of_accumulated_batches_counts_as_a_whole_update():
+    weights = []
+    for accumulate in (3, 5):  # both: one group of three batches
+        model, loader = LinearModel(), digits_loader(36, 12)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        rm.train_one_epoch(model, loader, optimizer, accumulate=accumulate)
+        weights.append(model[1].weight.detach())
+    assert torch.equal(*weights)
+
+
+def test_early_stopping_on_made_up_losses():
+    stopping = rm.EarlyStopping(patience=2)
+    told = [(stopping.step(loss), stopping.should_stop) for loss in (3, 2, 2.5, 1, 1, 1.5)]
+    assert told == [
+        (True, False),
+        (True, False),
+        (False, False),
+        (True, False),
+        (False, False),
+        (False, True),
+    ]
+
+
+def test_plateau_lowers_the_rate_and_patience_ends_the_run(monkeypatch):
+    losses = iter([1.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.4])
+    real = rm.evaluate
+    monkeypatch.setattr(rm, "evaluate", lambda *a: {**real(*a), "loss": next(losses)})
+    loader = digits_loader(32)
+    history = rm.train_model(
+        LinearModel(), loader, loader, "cpu", epochs=7, lr_patience=1, patience=4, lr_factor=0.1
+    )
+    assert history["val_loss"] == [1.0, 0.5, 0.6, 0.7, 0.8, 0.9]
+    assert history["best"] == [True, True, False, False, False, False]
+    assert history["learning_rate"] == pytest.approx([0.01, 0.01, 0.01, 0.01, 0.001, 0.001])
+
+
+def without_timings(rows):
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
+
+
+@pytest.mark.parametrize("loader", ["ours", "plain"])
+def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, loader):
+    recipe = rm.Recipe(epochs=4, augment=True, lr_patience=0, lr=0.05)
+    val = digits_loader(50)
+
+    def train(folder, epochs, resume=None):
+        folder.mkdir(exist_ok=True)
+        torch.manual_seed(0 if resume is None else 99)
+        data = digits_loader(96, shuffle=True, augment=True)
+        if loader == "plain":
+            data = DataLoader(TensorDataset(data.images / 255, data.labels), 32, shuffle=True)
+        model = nn.Sequential(rm.resnet18(num_classes=16), nn.Dropout(), nn.Linear(16, 10))
+        trainer = rm.ResNetTrainer(model, "cpu", recipe, folder, quiet=True)
+        trainer.train(data, val, resume=resume, epochs=epochs)
+        return rm.load_checkpoint(folder / "last.pt"), model.state_dict()
+
+    whole, whole_best = train(tmp_path / "whole", 4)
+    half, _ = train(tmp_path / "parts", 2)
+    parts, parts_best = train(tmp_path / "parts", 4, resume=half)
+    assert without_timings(parts["rows"]) == without_timings(whole["rows"])
+    assert parts["scheduler"] == whole["scheduler"]
+    for key, value in whole["model"].items():
+        assert torch.equal(value, parts["model"][key]), key
+        assert torch.equal(whole_best[key], parts_best[key]), key
+    for ours, theirs in zip(
+        parts["optimizer"]["state"].values(), whole["optimizer"]["state"].values(), strict=True
+    ):
+        assert torch.equal(ours["momentum_buffer"], theirs["momentum_buffer"])
+
+
+def test_atomic_write_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    rm.write_atomically(path, b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(rm.UserError, match="No space left"):
+        rm.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_diverging_run_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    done = run(*TRAIN, "--lr", "1e6", "--output-dir", "x", cwd=tmp_path)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: epoch \d+: the .*loss became (nan|inf).*\n", done.stderr)
+    assert "Traceback" not in done.stderr
+    weights = rm.load_checkpoint(tmp_path / "x" / "last.pt")["model"].values()
+    assert all(bool(w.isfinite().all()) for w in weights)
+
+
+class RunsCode:
+    """A pickle of this would touch a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(tmp_path, trained):
+    best = next((trained[0] / "runs").iterdir()) / "best.pt"
+    whole, path = best.read_bytes(), tmp_path / "x.pt"
+    bad = {
+        "cut": whole[: len(whole) // 2],
+        "empty": b"",
+        "flipped": whole[:1_000_000] + bytes([whole[1_000_000] ^ 1]) + whole[1_000_001:],
+        "text": b"not a checkpoint",
+        "code": pickle.dumps(RunsCode(tmp_path / "ran")),
+    }
+    for name, content in bad.items():
+        path.write_bytes(content)
+        with pytest.raises(rm.UserError, match=r"x\.pt"):
+            rm.load_checkpoint(path)
+        assert not (tmp_path / "ran").exists(), name
+    for content in ({"weights": 1}, {"format": RunsCode(tmp_path / "ran")}):
+        torch.save(content, path)
+        with pytest.raises(rm.UserError, match=r"x\.pt"):
+            rm.load_checkpoint(path)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(rm.UserError, match=r"no\.pt"):
+        rm.load_checkpoint(tmp_path / "no.pt")
+
+
+# Pictures
+
+
+def test_classification_report_against_counts_by_hand():
+    labels = torch.tensor([0, 0, 0, 1, 1, 2])
+    predictions = torch.tensor([0, 0, 1, 1, 2, 2])
+    assert rm.confusion_matrix(labels, predictions)[:3, :3].tolist() == [
+        [2, 1, 0],
+        [0, 1, 1],
+        [0, 0, 1],
+    ]
+    lines = rm.classification_report(labels, predictions).splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line}
+    text = [line for line in lines if line.startswith(("0 ", "1 ", "2 ", "9 "))]
+    assert [line.split()[1:] for line in text] == [
+        ["100.00", "66.67", "80.00", "3"],
+        ["50.00", "50.00", "50.00", "2"],
+        ["50.00", "100.00", "66.67", "1"],
+        ["0.00", "0.00", "0.00", "0"],
+    ]
+    assert rows["macro"] == ["20.00", "21.67", "19.67", "6"]
+    assert rows["weighted"] == ["75.00", "66.67", "67.78", "6"]
+    assert max(map(len, lines)) <= 80
+
+
+PICTURES = ("curves", "confusion_matrix", "predictions", "mistakes", "feature_maps")
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_are_not_blank(trained, name):
+    folder = next((trained[0] / "runs").iterdir())
+    with Image.open(folder / f"{name}.png") as picture:
+        assert min(picture.size) > 300
+        assert len(picture.convert("RGB").getcolors(2**24)) > 50
+
+
+def test_mistakes_are_drawn_even_if_there_are_none():
+    assert rm.plot_digits(torch.zeros(0, 1, 28, 28), [], [], "no mistakes").axes
+
+
+# Command line
+
+
+def test_train_writes_a_whole_run(trained):
+    cwd, done = trained
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    folder = cwd / "runs" / "resnet18-gray28-synthetic-1"
+    files = {"best.pt", "last.pt", "history.csv", "report.txt"}
+    assert {p.name for p in folder.iterdir()} == files | {f"{name}.png" for name in PICTURES}
+    report = (folder / "report.txt").read_text()
+    assert report.strip() in done.stdout
+    assert "dataset synthetic" in report
+    assert "precision" in report
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    with open(folder / "history.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert 0 < float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
+    assert rm.load_checkpoint(folder / "best.pt")["recipe"]["dataset"] == "synthetic"
+
+
+def test_evaluate_repeats_the_report(trained):
+    cwd, _ = trained
+    folder = cwd / "runs" / "resnet18-gray28-synthetic-1"
+    newest, named = run("evaluate", cwd=cwd), run("evaluate", folder / "best.pt", cwd=cwd)
+    assert newest.returncode == named.returncode == 0, newest.stderr
+    assert (folder / "report.txt").read_text().strip() in newest.stdout
+    assert (folder / "report.txt").read_text().strip() in named.stdout
+
+
+def draw_seven(path, mode="L", paper=255, ink=0):
+    image = Image.new(mode, (200, 300), paper)
+    ImageDraw.Draw(image).line([(40, 60), (150, 60), (80, 250)], fill=ink, width=18)
+    image.save(path)
+    return path
+
+
+def test_predict_prints_a_line_a_file_and_saves_a_picture(trained):
+    cwd, _ = trained
+    paths = [draw_seven(cwd / "a.png"), draw_seven(cwd / "b.jpg", "RGB", "white", "navy")]
+    done = run("predict", *paths, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [bool(re.fullmatch(r"\d +\d+\.\d\d %  .*", line)) for line in lines[:2]] == [True] * 2
+    with Image.open(cwd / "runs" / "resnet18-gray28-synthetic-1" / "predict.png") as picture:
+        assert len(picture.convert("RGB").getcolors(2**24)) > 50
+
+
+def test_pictures_are_treated_as_mnist_was(tmp_path):
+    image = rm.read_image(draw_seven(tmp_path / "a.png")).float()
+    rows, columns = image.sum(1), image.sum(0)
+    where = torch.arange(28.0)
+    assert (rows @ where / image.sum()).item() == pytest.approx(13.5, abs=0.6)
+    assert (columns @ where / image.sum()).item() == pytest.approx(13.5, abs=0.6)
+    assert (rows > 0).sum() == 20
+    assert image.max() == 255
+    inverted = rm.read_image(draw_seven(tmp_path / "b.png", "L", 0, 255)).float()
+    assert (image - inverted).abs().max() <= 1
+    mnist = rm.draw_synthetic_digits(0, 1, 1).train_images[0]
+    Image.fromarray(mnist.numpy()).save(tmp_path / "c.png")
+    assert torch.equal(rm.read_image(tmp_path / "c.png"), mnist)
+
+
+def test_describe(tmp_path):
+    done = run("describe", "--model", "resnet34", "--input", "rgb32", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "21,282,122" in done.stdout
+    assert "3×32×32" in done.stdout
+
+
+def test_resume_by_command_and_refusal_of_a_taken_folder(trained, tmp_path):
+    first = run(*TRAIN, "--epochs", 1, "--output-dir", "a", "--quiet", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    taken = run(*TRAIN, "--epochs", 1, "--output-dir", "a", cwd=tmp_path)
+    assert taken.returncode == 2
+    assert re.fullmatch(r"error: a is taken: --resume .*\n", taken.stderr)
+    resumed = run("--resume", "a", "--epochs", 2, "--quiet", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    straight = trained[0] / "runs" / "resnet18-gray28-synthetic-1" / "last.pt"
+    ours, theirs = rm.load_checkpoint(tmp_path / "a" / "last.pt"), rm.load_checkpoint(straight)
+    assert without_timings(ours["rows"]) == without_timings(theirs["rows"])
+    assert all(torch.equal(ours["model"][key], theirs["model"][key]) for key in ours["model"])
+    other = run("--resume", "a", "--lr", "0.5", cwd=tmp_path)
+    assert (other.returncode, other.stdout) == (2, "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals differ")
+def test_ctrl_c_prints_the_command_that_resumes(tmp_path):
+    arguments = [sys.executable, str(SCRIPT), *TRAIN, "--epochs", "99", "--output-dir", "x"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(arguments, cwd=tmp_path, **pipes) as process:
+        for line in process.stdout:
+            if line.startswith("epoch"):
+                break
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume x" in errors
+    assert "Traceback" not in errors
+    assert rm.load_checkpoint(tmp_path / "x" / "last.pt")["format"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pseudo-terminals")
+def test_progress_is_live_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "60")
+    model = LinearModel()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    clock = iter(range(100))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    rm.train_one_epoch(model, digits_loader(96), optimizer, title="1/2")
+    shown = terminal.getvalue().split("\r")[1:]
+    assert len(shown) == 3
+    assert all(re.match(r"1/2  batch \d/3  loss \d", line) for line in shown)
+    assert all(len(line.replace("\033[K", "")) < 60 for line in shown)
+
+
+def wrong_csv(tmp_path):
+    (tmp_path / "x.txt").write_text("no picture")
+    (tmp_path / "y.pt").write_bytes(b"no checkpoint")
+    Image.new("L", (50, 50), 255).save(tmp_path / "empty.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--device", "cuda:42"], "there is no device 'cuda:42' here; there is "),
+        (["--dataset", "mnist", "--data-dir", "none"], "train-images-idx3-ubyte.gz"),
+        (["--epochs", "many"], "--epochs"),
+        (["--batch-size", "1"], "batch_size"),
+        (["--modell", "resnet18"], "--modell"),
+        (["trian"], "trian"),
+        (["--resume"], "there is no run"),
+        (["--resume", "nowhere"], "nowhere"),
+        (["evaluate"], "there is no run"),
+        (["evaluate", "y.pt"], "y.pt"),
+        (["predict", "x.txt", "--checkpoint", "BEST"], "x.txt"),
+        (["predict", "empty.png", "--checkpoint", "BEST"], "empty.png shows no ink"),
+        (["predict", "nothing.png", "--checkpoint", "BEST"], "nothing.png"),
+        ([*TRAIN, "--output-dir", "x.txt/run"], "cannot write into x.txt"),
+    ],
+)
+def test_mistakes_get_one_line_and_exit_code_2(tmp_path, trained, arguments, says):
+    wrong_csv(tmp_path)
+    best = trained[0] / "runs" / "resnet18-gray28-synthetic-1" / "best.pt"
+    done = run(*(best if a == "BEST" else a for a in arguments), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_weights_of_another_network_are_refused(tmp_path, trained):
+    best = trained[0] / "runs" / "resnet18-gray28-synthetic-1" / "best.pt"
+    checkpoint = rm.load_checkpoint(best)
+    checkpoint["recipe"]["model"] = "resnet34"
+    torch.save(checkpoint, tmp_path / "other.pt")
+    done = run("evaluate", "other.pt", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "another network" in done.stderr
+
+
+def test_without_mnist_and_network_auto_says_so_and_draws_digits(tmp_path, capsys):
+    digits = rm.load_digits("auto", tmp_path / "none", 0)
+    assert digits.name == "synthetic"
+    said = capsys.readouterr().err
+    assert "SYNTHETIC" in said
+    assert "t10k-labels-idx1-ubyte.gz" in said
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "describe"])
+def test_help_shows_every_flag_with_its_default(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        rm.main([command, "--help"])
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    if command == "train":
+        for setting in rm.fields(rm.Recipe):
+            assert f"--{setting.name.replace('_', '-')}" in printed
+            assert f"default: {setting.default}" in printed.replace("\n" + " " * 24, " ")
+
+
+# The project
+
+
+def test_inline_metadata_and_requirements_are_equal():
+    block = re.search(r"# dependencies = \[(.*)\]", SCRIPT.read_text(encoding="utf-8"))[1]
+    inline = re.findall(r'"([^"]+)"', block)
+    lines = (HERE / "requirements.txt").read_text().splitlines()
+    required = [line.split("#")[0].strip() for line in lines if line.strip()]
+    assert inline == [name for name in required if not name.startswith("pytest")]
+    assert len(inline) == 3
+
+
+def test_import_has_no_side_effect_and_no_matplotlib(tmp_path):
+    code = "import sys, resnet18_mnist; print([m for m in ('matplotlib',) if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(HERE)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+# What the input pipeline costs: `python test_resnet18_mnist.py`
+
+
+def benchmark(rounds: int = 5) -> None:
+    """Time the training loop on its own batches against the same steps on one fixed batch."""
+    device = rm.pick_device()
+    digits = rm.draw_synthetic_digits(0, 128 * 24, 10)
+    print(f"{rm.describe_device(device)}, torch {torch.__version__}, batch 128, seconds a step")
+    print("input   augment   fixed batch      ours   ratio (median of pairs, lowest, highest)")
+    for name, steps in (("gray28", 24), ("rgb32", 4)):
+        for augment in (False, True):
+            images, labels = digits.train_images[: 128 * steps], digits.train_labels[: 128 * steps]
+            ours = rm.Batches(images, labels, 128, name, shuffle=True, augment=augment).to(device)
+            fixed = [tuple(part.contiguous() for part in next(iter(ours)))] * steps
+            trainer = rm.ResNetTrainer(rm.Recipe(input=name).build_model(), device)
+            optimizer = torch.optim.SGD(trainer.model.parameters(), 0.01, 0.9, weight_decay=5e-4)
+            seconds = {"fixed": [], "ours": []}
+            for _ in range(rounds + 1):  # the first warms up
+                for contestant, loader in (("fixed", fixed), ("ours", ours)):
+                    started = time.perf_counter()
+                    rm.train_one_epoch(trainer.model, loader, optimizer, device, trainer.precision)
+                    seconds[contestant].append((time.perf_counter() - started) / steps)
+            fixed_s, ours_s = (sorted(s[1:])[rounds // 2] for s in seconds.values())
+            ratios = sorted(b / a for a, b in list(zip(*seconds.values(), strict=True))[1:])
+            spread = f"{ratios[rounds // 2]:.3f}  {ratios[0]:.3f}  {ratios[-1]:.3f}"
+            print(f"{name:8}{augment!s:8}{fixed_s:13.4f}{ours_s:10.4f}   {spread}", flush=True)
+
+
+if __name__ == "__main__":
+    benchmark()
