@@ -9,7 +9,7 @@
     python resnet18_mnist.py predict digit.png  read a digit from an image file
     python resnet18_mnist.py describe           each layer's shape, parameters and FLOPs
 
-The rooms, each opened by a `# %%` line, and the rooms above that each one needs:
+The sections, each a notebook cell, and the sections above that each one needs:
 
     0  Imports
     1  Network       the residual block, and five depths built from it       0
@@ -40,6 +40,7 @@ import math
 import os
 import platform
 import random
+import shlex
 import shutil
 import sys
 import time
@@ -52,7 +53,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets
@@ -67,10 +68,10 @@ class UserError(Exception):
 #
 # A plain network asks a stack of layers for a mapping H(x). A residual network asks it only for
 # the difference to its input, F(x) = H(x) - x, and adds x again: y = F(x) + x (He 2015a, eq. 1).
-# Where the identity is nearly right, weights near zero will do, so that more layers need not
-# train worse than fewer, as they do in plain networks (fig. 1).
+# Where the identity is nearly right, small weights suffice, so a deeper network need not train
+# worse than a shallower one, as plain networks do (fig. 1).
 #
-# The layers carry torchvision's names: weights go both ways with load_state_dict().
+# The layers carry torchvision's names and order: a state dict fits both, and so do its logits.
 
 
 def conv3x3(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
@@ -87,8 +88,8 @@ def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions and a shortcut around them (He 2015a, fig. 5 left).
 
-    (N, inplanes, H, W) → (N, planes, ⌈H/stride⌉, ⌈W/stride⌉). Where these differ, ``downsample``
-    takes the shortcut from one shape to the other (eq. 2).
+    (N, inplanes, H, W) → (N, planes, ⌈H/stride⌉, ⌈W/stride⌉). Where the two shapes differ,
+    ``downsample`` takes the shortcut from one to the other (eq. 2).
     """
 
     expansion = 1  # channels out of the block / planes
@@ -103,7 +104,7 @@ class BasicBlock(nn.Module):
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return relu(F(x) + shortcut(x))."""
+        """Return relu(F(x) + shortcut(x)); through the shortcut the gradient passes unchanged."""
         residual = self.relu(self.bn1(self.conv1(x)))
         residual = self.bn2(self.conv2(residual))
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -112,10 +113,10 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1×1 to a quarter of the channels, 3×3 there, 1×1 back (fig. 5 right).
+    """1×1 to ``planes`` channels, 3×3 there, 1×1 to four times as many (fig. 5 right).
 
-    It costs what a BasicBlock on a quarter of the channels costs, which makes 50 layers and more
-    affordable. (N, inplanes, H, W) → (N, 4·planes, ⌈H/stride⌉, ⌈W/stride⌉).
+    It costs about what a BasicBlock on a quarter of its output channels costs: that makes 50
+    layers and more affordable. (N, inplanes, H, W) → (N, 4·planes, ⌈H/stride⌉, ⌈W/stride⌉).
     """
 
     expansion = 4
@@ -124,8 +125,8 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.conv1 = conv1x1(inplanes, planes)
         self.bn1 = nn.BatchNorm2d(planes)
-        # The paper strides in the first 1×1, which never looks at three pixels of four; the 3×3
-        # looks at all of them (Goyal 2017, 5.1).
+        # The original network strides in the first 1×1, which skips three pixels of four; the 3×3
+        # reads all of them (Goyal 2017, 5.1).
         self.conv2 = conv3x3(planes, planes, stride)
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv3 = conv1x1(planes, planes * self.expansion)
@@ -148,8 +149,9 @@ STEMS = ("imagenet", "cifar")
 class ResNet(nn.Module):
     """A stem, four layers of ``layers`` blocks each, the mean of the last map, a linear classifier.
 
-    The "imagenet" stem, a 7×7 with stride 2 and a max-pool, keeps a quarter of each side. The
-    "cifar" stem, a 3×3 with stride 1, keeps every pixel, as small images want it (He 2015a, 4.2).
+    The "imagenet" stem, a 7×7 with stride 2 and a max-pool, reduces each side to a quarter. The
+    "cifar" stem, a 3×3 with stride 1, keeps every pixel of a small image, as the first layer of
+    the paper's networks for CIFAR-10 does (He 2015a, 4.2).
     """
 
     def __init__(
@@ -177,27 +179,23 @@ class ResNet(nn.Module):
         self.layer4 = self._make_layer(block, 512, layers[3], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(512 * block.expansion, num_classes)
-        for module in self.modules():
+        for module in self.modules():  # batch norms begin at weight 1 and bias 0 by themselves
             if isinstance(module, nn.Conv2d):
                 # A variance of 2/fan-out keeps a gradient's size through ReLUs (He 2015b, 2.2).
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, nn.BatchNorm2d):
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
 
     def _make_layer(self, block, planes: int, blocks: int, stride: int = 1) -> nn.Sequential:
-        inplanes, self.inplanes = self.inplanes, planes * block.expansion
-        downsample = None
-        if stride != 1 or inplanes != self.inplanes:
+        outplanes, downsample = planes * block.expansion, None
+        if stride != 1 or self.inplanes != outplanes:
             # A projection where the shape changes, the identity elsewhere (He 2015a, 4.1, B).
-            downsample = nn.Sequential(
-                conv1x1(inplanes, self.inplanes, stride), nn.BatchNorm2d(self.inplanes)
-            )
-        first = block(inplanes, planes, stride, downsample)
-        return nn.Sequential(first, *(block(self.inplanes, planes) for _ in range(blocks - 1)))
+            projection = conv1x1(self.inplanes, outplanes, stride)
+            downsample = nn.Sequential(projection, nn.BatchNorm2d(outplanes))
+        first = block(self.inplanes, planes, stride, downsample)
+        self.inplanes = outplanes
+        return nn.Sequential(first, *(block(outplanes, planes) for _ in range(blocks - 1)))
 
     def get_feature_maps(self, images: Tensor) -> dict[str, Tensor]:
-        """Return what each part of the network makes of images (N, C, H, W).
+        """Return the output of the stem and of each layer for images (N, C, H, W), and their mean.
 
         The shapes are those of ResNet-18 for 1×28×28 ("imagenet") / for 3×32×32 ("cifar").
         """
@@ -223,7 +221,8 @@ resnet34 = partial(ResNet, BasicBlock, [3, 4, 6, 3])
 resnet50 = partial(ResNet, Bottleneck, [3, 4, 6, 3])
 resnet101 = partial(ResNet, Bottleneck, [3, 4, 23, 3])
 resnet152 = partial(ResNet, Bottleneck, [3, 8, 36, 3])
-MODELS = {f"resnet{depth}": globals()[f"resnet{depth}"] for depth in (18, 34, 50, 101, 152)}
+MODELS = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}
+MODELS |= {"resnet101": resnet101, "resnet152": resnet152}
 
 Layer = namedtuple("Layer", "name shape parameters flops live")
 
@@ -232,31 +231,31 @@ Layer = namedtuple("Layer", "name shape parameters flops live")
 def list_layers(model: nn.Module, image: Tensor) -> list[Layer]:
     """Send one image (1, C, H, W) through the model; return its layers in running order.
 
-    Shapes are C×H×W. Parameters include those of the batch norm behind a layer. FLOPs count a
-    multiply-add as two. Live is the share of the weights that the image can reach.
+    Shapes are C×H×W. Parameters include those of the batch norm behind a layer. FLOPs are forward
+    and count a multiply-add as two, where the paper counts one. ``live`` is the share of a
+    layer's weights that the image can reach.
     """
     rows, counter = [], FlopCounterMode(display=False)
+    model = copy.deepcopy(model).eval()  # a copy, which takes the hooks with it
 
-    def look(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+    def add_row(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         parameters = sum(p.numel() for p in layer.parameters())
-        if x.shape == y.shape and all(p.dim() == 1 for p in layer.parameters()):
-            if parameters:  # a batch norm: it joins the layer before it
-                rows[-1] = rows[-1]._replace(parameters=rows[-1].parameters + parameters)
+        if isinstance(layer, nn.BatchNorm2d):
+            rows[-1] = rows[-1]._replace(parameters=rows[-1].parameters + parameters)
             return
         live = 1.0
         if isinstance(layer, nn.Conv2d):
-            # A tap is dead where the kernel, wherever it stops, puts it on the padding. On a 1×1
-            # map these are eight of nine: why small images want the small stem.
+            # A tap is dead that lies on the padding wherever the kernel stops. On a 1×1 map eight
+            # of a 3×3's nine taps do: why small images want the small stem.
             window = layer.kernel_size, layer.dilation, layer.padding, layer.stride
             live = F.unfold(torch.ones_like(x[:, :1]), *window).amax(dim=2).mean().item()
-        counts = counter.get_flop_counts().get(f"{type(model).__name__}.{name}", {})
+        flops = counter.get_flop_counts().get(f"{type(model).__name__}.{name}", {})
         shape = "×".join(str(side) for side in y.shape[1:])
-        rows.append(Layer(name, shape, parameters, sum(counts.values()), live))
+        rows.append(Layer(name, shape, parameters, sum(flops.values()), live))
 
-    model = copy.deepcopy(model).eval()  # its hooks go with it
     for name, part in model.named_modules():
-        if not list(part.children()):
-            part.register_forward_hook(lambda part, x, y, name=name: look(name, part, x[0], y))
+        if not list(part.children()) and not isinstance(part, (nn.ReLU, nn.Identity)):
+            part.register_forward_hook(lambda part, x, y, name=name: add_row(name, part, x[0], y))
     with counter:
         model(image)
     return rows
@@ -267,7 +266,7 @@ def visualize_model_architecture(model: ResNet, image_size: int | None = None) -
     channels = model.conv1.in_channels
     size = image_size or (28 if channels == 1 else 32)
     rows = list_layers(model, model.conv1.weight.new_zeros(1, channels, size, size))
-    parameters, flops = (sum(column) for column in list(zip(*rows, strict=True))[2:4])
+    parameters, flops = sum(row.parameters for row in rows), sum(row.flops for row in rows)
     live = sum(row.parameters * row.live for row in rows) / parameters
     print(f"{'layer':21}{'output':>10}{'parameters':>13}{'FLOPs':>15}{'live':>9}")
     print(f"{'input':21}{f'{channels}×{size}×{size}':>10}")
@@ -318,36 +317,35 @@ def explain_failure(raw: Path, error: Exception) -> UserError:
         try:
             if unpacked.is_file():
                 (mnist.read_image_file if "images" in name else mnist.read_label_file)(unpacked)
-            elif not packed.is_file():
-                missing.append(name)
-            elif not mnist.check_integrity(packed, md5):
-                return UserError(f"{packed} is damaged (wrong MD5) and cannot be downloaded")
         except Exception:  # whatever torchvision makes of arbitrary bytes
             return UserError(f"{unpacked} is damaged: delete it, and it is made again")
-    if isinstance(error, OSError) and error.filename:  # the disk failed, not the network
-        return UserError(f"cannot write {error.filename}: {error.strerror}")
-    kind = DataMissing if len(missing) == len(mnist.MNIST.resources) else UserError
+        if not packed.is_file():
+            missing.append(name)
+        elif not mnist.check_integrity(packed, md5):
+            return UserError(f"{packed} is damaged (wrong MD5) and cannot be downloaded")
+    if isinstance(error, OSError) and error.strerror:
+        return UserError(f"MNIST cannot be brought to {raw}: {error.strerror}")
+    kind = UserError if any(raw.glob("*-ubyte*")) else DataMissing
     return kind(f"MNIST cannot be downloaded; put {', '.join(missing)} into {raw}")
 
 
 def draw_synthetic_digits(seed: int, train_size: int = 6000, test_size: int = 1000) -> Digits:
-    """Draw digits of random font, size, place, slant and stroke with the fonts of matplotlib."""
+    """Draw digits of random font, size, place, rotation and stroke, with matplotlib's fonts."""
     import matplotlib
 
-    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
-    # Those that have digits; their siblings (STIXSiz…, cmsy10, …) have mathematical signs.
-    patterns = "DejaVuSans*.ttf", "DejaVuSerif*.ttf", "STIXGeneral*.ttf", "cm[rst][st1]*.ttf"
-    paths = sorted(path for pattern in patterns for path in folder.glob(pattern))
-    fonts = [ImageFont.truetype(path, size) for path in paths for size in range(64, 101, 6)]
+    symbols = ("Display", "LastResort", "NonUni", "Siz", "cmex", "cmmi", "cmsy")  # hold no digits
+    paths = sorted(Path(matplotlib.get_data_path(), "fonts", "ttf").glob("*.ttf"))
+    paths = [path for path in paths if not any(name in path.name for name in symbols)]
+    fonts = [ImageFont.truetype(path, size) for path in paths for size in range(32, 51, 3)]
     rng = random.Random(seed)
 
     def draw(digit: int) -> Tensor:
-        canvas = Image.new("L", (112, 112))  # four times too large: shrinking smooths the edges
-        place, stroke = (rng.uniform(44, 68), rng.uniform(44, 68)), rng.randint(0, 4)
+        canvas = Image.new("L", (56, 56))  # twice too large: shrinking smooths the edges
+        place, stroke = (rng.uniform(22, 34), rng.uniform(22, 34)), rng.randint(0, 2)
         pen = ImageDraw.Draw(canvas)
         pen.text(place, str(digit), 255, rng.choice(fonts), anchor="mm", stroke_width=stroke)
         canvas = canvas.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR)
-        return TF.pil_to_tensor(canvas.reduce(4))[0]
+        return TF.pil_to_tensor(canvas.reduce(2))[0]
 
     labels = torch.arange(train_size + test_size) % 10
     images = torch.stack([draw(digit) for digit in labels.tolist()])
@@ -385,7 +383,8 @@ def rotate_and_shift(images: Tensor, draws: Tensor) -> Tensor:
     """
     angle = draws[:, 0] * math.radians(10)
     cos, sin = angle.cos(), angle.sin()
-    dx, dy = 0.2 * draws[:, 1:].T  # affine_grid measures a side from -1 to 1: its length is 2
+    # theta takes an output pixel to the input pixel that it copies, in sides from -1 to 1.
+    dx, dy = 0.2 * draws[:, 1:].T
     theta = torch.stack([cos, -sin, dx, sin, cos, dy], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
@@ -396,7 +395,7 @@ class Batches:
 
     ``images`` (N, 28, 28) uint8 become (batch_size, C, S, S) float, normalised, of the shape that
     ``input`` names. Order and augmentation depend on seed and epoch alone, so that an epoch can
-    be had again. The last, short batch is kept.
+    be repeated. The last, short batch is kept.
     """
 
     def __init__(
@@ -431,7 +430,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         n, device = len(self.labels), self.images.device
-        # Drawn on the CPU, so that all devices see the same.
+        # Drawn on the CPU, so that all devices see the same; seeds are a million epochs apart.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         self.epoch += 1
         order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
@@ -473,7 +472,7 @@ class MNISTDataLoader:
             raise UserError(f"--val-size {val_size} does not fit {len(labels)} training images")
         train, val = split_by_class(labels, val_size, seed)
         train, common = train[:limit], (batch_size, input, seed)
-        self.train = Batches(images[train], labels[train], *common, True, augment)
+        self.train = Batches(images[train], labels[train], *common, shuffle=True, augment=augment)
         self.test = Batches(digits.test_images, digits.test_labels, *common)
         self.val = Batches(images[val], labels[val], *common) if val_size else self.test
 
@@ -494,7 +493,7 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
     present += ["mps"] * torch.backends.mps.is_available()
     present += [f"xpu:{i}" for i in range(torch.xpu.device_count())] + ["cpu"]
     for device in present:
-        if name is None or str(name) in (device, device.partition(":")[0]):
+        if name is None or str(name) in (device, device.partition(":")[0], f"{device}:0"):
             return torch.device(device)
     raise UserError(f"there is no device {str(name)!r} here; there is {', '.join(present)}")
 
@@ -508,16 +507,16 @@ def describe_device(device: torch.device) -> str:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """Turn "auto" into "bf16" where the device has units for bfloat16, and else into "fp32"."""
+    """Turn "auto" into "bf16" where the device is known to compute it in hardware, or "fp32"."""
     if name != "auto":
         return name
-    able = False
+    fast = False
     if device.type == "cuda":
-        able = torch.cuda.get_device_capability(device) >= (8, 0)
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
     elif device.type == "cpu":
-        has = torch.cpu.get_capabilities()
-        able = has.get("avx512_bf16") or has.get("amx_bf16")
-    return "bf16" if able else "fp32"
+        capabilities = torch.cpu.get_capabilities()
+        fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return "bf16" if fast else "fp32"
 
 
 def autocast(device: torch.device | str, precision: str) -> torch.autocast:
@@ -528,47 +527,48 @@ def autocast(device: torch.device | str, precision: str) -> torch.autocast:
 
 # %% 4. Recipe
 
+DATASETS, PRECISIONS = ("auto", "mnist", "synthetic"), ("auto", "fp32", "bf16")
 
-def option(default, help: str, low: float | None = None, among: tuple = ()):
-    """Return a dataclass field that knows its help text and the values that it takes."""
-    return field(default=default, metadata={"help": help, "low": low, "among": among})
+
+def option(default, text: str, choices: tuple = (), low: float | None = None, high: float = 2**32):
+    """Return a dataclass field that knows its help text and its values, low ≤ value < high."""
+    limits = {"choices": choices, "low": low, "high": high}
+    return field(default=default, metadata={"help": text, **limits})
 
 
 @dataclass(frozen=True)
 class Recipe:
     """All that decides the numbers of a run. Each field is a flag of the command line."""
 
-    model: str = option("resnet18", "network", among=tuple(MODELS))
-    input: str = option("gray28", "1×28×28 or 3×32×32 pixels", among=tuple(INPUTS))
-    stem: str = option("auto", "auto: imagenet for gray28, cifar for rgb32", None, ("auto", *STEMS))
-    dataset: str = option(
-        "auto", "auto: mnist, or synthetic if missing", None, ("auto", "mnist", "synthetic")
-    )
-    val_size: int | None = option(None, "images held out to select on; None: a twelfth", 1)
-    select_on: str = option("val", "what selects; test is optimistic", None, ("val", "test"))
-    limit: int | None = option(None, "images to train on; None: all", 2)
+    model: str = option("resnet18", "network", tuple(MODELS))
+    input: str = option("gray28", "1×28×28 or 3×32×32 pixels", tuple(INPUTS))
+    stem: str = option("auto", "auto: imagenet for gray28, cifar for rgb32", ("auto", *STEMS))
+    dataset: str = option("auto", "auto: mnist, or synthetic if missing", DATASETS)
+    val_size: int | None = option(None, "images held out to select on (default: a twelfth)", low=1)
+    select_on: str = option("val", "the set that selects; test is optimistic", ("val", "test"))
+    limit: int | None = option(None, "images to train on (default: all)", low=2)
     augment: bool = option(True, "turn images by up to 10°, shift them by a tenth of the side")
-    epochs: int = option(10, "passes over the training images, at most", 1)
-    batch_size: int = option(128, "images a batch", 2)
-    accumulate: int = option(1, "batches an update", 1)
-    lr: float = option(0.01, "learning rate", 0)
-    momentum: float = option(0.9, "momentum of SGD", 0)
-    weight_decay: float = option(5e-4, "L2 penalty on the weights", 0)
-    lr_factor: float = option(0.3, "factor to the learning rate on a plateau", 0)
-    lr_patience: int = option(0, "epochs without a lower loss that are no plateau yet", 0)
-    patience: int = option(5, "epochs without a lower loss after which to stop", 1)
-    seed: int = option(0, "fixes split, initial weights, order and augmentation", 0)
-    precision: str = option(
-        "auto", "auto: bf16 where the device has units for it", None, ("auto", "fp32", "bf16")
-    )
+    epochs: int = option(10, "passes over the training images, at most", low=1)
+    batch_size: int = option(128, "images a batch", low=2)
+    accumulate: int = option(1, "batches whose gradients make one update", low=1)
+    lr: float = option(0.01, "learning rate", low=0)
+    momentum: float = option(0.9, "momentum of SGD", low=0, high=1)
+    weight_decay: float = option(5e-4, "L2 penalty on all parameters", low=0)
+    lr_factor: float = option(0.3, "factor to the learning rate at a plateau", low=0, high=1)
+    lr_patience: int = option(0, "epochs without a lower loss that are no plateau yet", low=0)
+    patience: int = option(5, "epochs without a lower loss before stopping", low=1)
+    seed: int = option(0, "fixes split, initial weights, order and augmentation", low=0)
+    precision: str = option("auto", "auto: bf16 where hardware computes it", PRECISIONS)
 
     def __post_init__(self):
         for setting in fields(self):
-            value, (_, low, among) = getattr(self, setting.name), setting.metadata.values()
-            if among and value not in among:
-                raise UserError(f"{setting.name} is {value!r}, not one of {', '.join(among)}")
-            if low is not None and value is not None and not low <= value < 2**32:
-                raise UserError(f"{setting.name} is {value}, not a number from {low}")
+            value, limits = getattr(self, setting.name), setting.metadata
+            if limits["choices"] and value not in limits["choices"]:
+                choices = ", ".join(limits["choices"])
+                raise UserError(f"{setting.name} is {value!r}, not one of {choices}")
+            low, high = limits["low"], limits["high"]
+            if low is not None and value is not None and not low <= value < high:
+                raise UserError(f"{setting.name} is {value}, not from {low} to below {high}")
 
     def build_model(self) -> ResNet:
         """Return the network with fresh weights."""
@@ -578,10 +578,9 @@ class Recipe:
 
     def load_data(self, data_dir: str | Path = "data") -> MNISTDataLoader:
         """Return the images to train on, to select on and to test on."""
-        return MNISTDataLoader(
-            *(self.batch_size, data_dir, self.dataset, self.input, self.val_size, self.select_on),
-            *(self.limit, self.augment, self.seed),
-        )
+        names = ("batch_size", "dataset", "input", "val_size", "select_on", "limit", "augment")
+        options = {name: getattr(self, name) for name in (*names, "seed")}
+        return MNISTDataLoader(data_dir=data_dir, **options)
 
 
 # %% 5. Training
@@ -607,39 +606,47 @@ def train_one_epoch(
     precision: str = "fp32",
     accumulate: int = 1,
     title: str | None = None,
-) -> tuple[float, float, float]:
-    """Go through the loader once; return mean loss (nats), accuracy (%) and images a second.
+) -> dict[str, float]:
+    """Go through the loader once; return loss (mean, nats), accuracy (%) and images_per_second.
 
     With a ``title`` it shows how it goes: one live line on a terminal, a line every 100 batches in
     a pipe. Raises FloatingPointError where the loss is no longer finite.
     """
     model.train()
-    sizes, losses, hits = [], [], []  # left on the device, so that no step waits for the one before
+    optimizer.zero_grad()
+    sizes, losses, correct = [], [], []  # left on the device: no step waits for the one before
     started = shown = time.perf_counter()
     live = title and sys.stdout.isatty()
-    for step, (images, labels) in enumerate(loader, start=1):
-        images, labels = images.to(device), labels.to(device)  # (N, C, H, W), (N,)
+    for step, (images, labels) in enumerate(loader):
+        images = images.to(device, non_blocking=True)  # (N, C, H, W)
+        labels = labels.to(device, non_blocking=True)  # (N,)
         with autocast(device, precision):
             logits = model(images)  # (N, 10)
             loss = F.cross_entropy(logits, labels)
-        # The gradient of an update is the mean over its batches, fewer in the last update.
-        (loss / min(accumulate, len(loader) - (step - 1) // accumulate * accumulate)).backward()
-        if step % accumulate == 0 or step == len(loader):
+        # An update's gradient is the mean over its group of batches; the last group may be short.
+        first = step // accumulate * accumulate
+        group = min(accumulate, len(loader) - first)
+        (loss / group).backward()
+        if step + 1 == first + group:
             optimizer.step()
             optimizer.zero_grad()
         sizes.append(len(labels))
         losses.append(loss.detach())
-        hits.append((logits.argmax(dim=1) == labels).sum())
+        correct.append((logits.argmax(dim=1) == labels).sum())
 
-        now = time.perf_counter()
-        if step % 100 == 0 or (live and now - shown > 0.2):
+        done, now = step + 1, time.perf_counter()
+        if done % 100 == 0 or (live and now - shown > 0.2):
             shown, passed, so_far = now, now - started, mean_loss(losses, sizes)
-            line = f"{title}  batch {step}/{len(loader)}  loss {so_far:.4f}  "
+            line = f"{title}  batch {done}/{len(loader)}  loss {so_far:.4f}  "
             line += f"{sum(sizes) / passed:,.0f} images/s  "
-            line += f"{passed / step * (len(loader) - step):.0f} s left"
-            show_progress(line if title else "")
-    accuracy = 100 * torch.stack(hits).sum().item() / sum(sizes)
-    return mean_loss(losses, sizes), accuracy, sum(sizes) / (time.perf_counter() - started)
+            line += f"{passed / done * (len(loader) - done):.0f} s left"
+            if title:
+                show_progress(line)
+    return {
+        "loss": mean_loss(losses, sizes),
+        "accuracy": 100 * torch.stack(correct).sum().item() / sum(sizes),
+        "images_per_second": sum(sizes) / (time.perf_counter() - started),
+    }
 
 
 def show_progress(line: str) -> None:
@@ -746,9 +753,9 @@ ROW = (
 class ResNetTrainer:
     """Trains and tests a model: SGD, ReduceLROnPlateau, early stopping, checkpoints.
 
-    ``model`` is any classifier; parameters with requires_grad=False stay as they are. ``device``
-    None picks the best. ``recipe`` has the hyperparameters; its model and data do not count.
-    ``run_dir`` receives best.pt, last.pt and history.csv; None writes nothing.
+    ``model`` is any classifier; parameters with requires_grad=False stay as they are (statistics
+    of batch norms do not). ``device`` None picks the best. Of ``recipe`` the fields of model and
+    data are ignored. ``run_dir`` receives best.pt, last.pt and history.csv; None writes nothing.
     """
 
     def __init__(
@@ -762,33 +769,36 @@ class ResNetTrainer:
         self.recipe, self.run_dir, self.quiet = recipe or Recipe(), run_dir, quiet
         self.device = pick_device(device)
         self.precision = pick_precision(self.recipe.precision, self.device)
-        # In this order convolutions read; they need not turn every map around first.
+        # The layout that cuDNN and oneDNN prefer: it saves a transposition a convolution.
         self.model = model.to(self.device, memory_format=torch.channels_last)
 
     def train(self, train_loader, val_loader=None, resume: dict | None = None, **overrides) -> dict:
-        """Train, end on the weights of the best epoch, and return a list for each quantity.
+        """Train; end on the weights of the best epoch, in eval mode; return the history.
 
         Loaders are iterables of (images, labels) with a length; without a ``val_loader`` the
         training loss schedules and selects. ``resume`` is the content of a last.pt to go on from.
         ``overrides`` (num_epochs, learning_rate, and all of Recipe's names) win over the recipe.
+        The history has a list for each quantity, with a value for each epoch.
         """
         names = {"num_epochs": "epochs", "learning_rate": "lr"}
         overrides = {names.get(name, name): value for name, value in overrides.items()}
         self.recipe = recipe = replace(self.recipe, **overrides)
+        self.precision = pick_precision(recipe.precision, self.device)
         weights = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(
             weights, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay
         )
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.optimizer, factor=recipe.lr_factor, patience=recipe.lr_patience
+            self.optimizer, factor=recipe.lr_factor, patience=recipe.lr_patience, threshold=0
         )
-        self.rows, stopping, best = [], EarlyStopping(recipe.patience), self.model.state_dict()
+        self.rows, stopping = [], EarlyStopping(recipe.patience)
         if resume:
             self._restore(resume)
             for row in self.rows:  # which is all the memory that early stopping needs
                 stopping.step(row["val_loss"])
         elif self.run_dir:
             self._save()  # so that a run killed in its first epoch can be resumed as well
+        best_weights = copy.deepcopy(self.model.state_dict())
         for loader in (train_loader, val_loader):
             if isinstance(loader, Batches):
                 loader.to(self.device)
@@ -800,49 +810,52 @@ class ResNetTrainer:
             row["best"] = stopping.step(row["val_loss"])
             self.rows.append(row)
             if row["best"]:
-                best = copy.deepcopy(self.model.state_dict())
+                best_weights = copy.deepcopy(self.model.state_dict())
             if self.run_dir:
                 self._save()
             if not self.quiet:
-                print(ROW.format(**{**row, "best": "best" * row["best"]}), flush=True)
+                print(ROW.format(**{**row, "best": "best" * row["best"]}).rstrip(), flush=True)
+        if stopping.should_stop and not self.quiet:
+            print(f"stopped early: no lower loss for {recipe.patience} epochs")
         if self.run_dir:
-            best = load_checkpoint(self.run_dir / "best.pt")["model"]
-        self.model.load_state_dict(best)
+            best_weights = load_checkpoint(self.run_dir / "best.pt")["model"]
+        self.model.load_state_dict(best_weights)
+        self.model.eval()
         return {name: [row[name] for row in self.rows] for name in self.rows[0]}
 
     def _train_and_validate(self, train_loader, val_loader) -> dict:
         epoch, started = len(self.rows) + 1, time.perf_counter()
         title = None if self.quiet else f"{epoch:5}/{self.recipe.epochs}"
-        where = (self.device, self.precision)
         if hasattr(train_loader, "set_epoch"):
             train_loader.set_epoch(epoch)
         try:
-            loss, accuracy, rate = train_one_epoch(
-                *(self.model, train_loader, self.optimizer, *where, self.recipe.accumulate, title)
+            train = val = train_one_epoch(
+                *(self.model, train_loader, self.optimizer, self.device, self.precision),
+                *(self.recipe.accumulate, title),
             )
-            val = {"loss": loss, "accuracy": accuracy}
             if val_loader is not None:
-                val = evaluate(self.model, val_loader, *where)
+                val = self.test(val_loader)
             if not math.isfinite(val["loss"]):
                 raise FloatingPointError(f"the validation loss became {val['loss']}")
         except FloatingPointError as error:
             kept = f"{self.run_dir} keeps the last good weights; " if self.run_dir else ""
             raise UserError(f"epoch {epoch}: {error}; {kept}try a lower --lr") from error
         finally:
-            show_progress("")
+            if title:
+                show_progress("")
         return {
             "epoch": epoch,
-            "train_loss": loss,
-            "train_accuracy": accuracy,
+            "train_loss": train["loss"],
+            "train_accuracy": train["accuracy"],
             "val_loss": val["loss"],
             "val_accuracy": val["accuracy"],
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "seconds": time.perf_counter() - started,
-            "images_per_second": rate,
+            "images_per_second": train["images_per_second"],
         }
 
     def _save(self) -> None:
-        """Write best.pt, history.csv, last.pt: a kill between two only repeats the epoch."""
+        """Write best.pt, history.csv, last.pt: a kill between two costs a repeat of the epoch."""
         latest = self.rows[-1] if self.rows else {}
         recipe, weights = asdict(self.recipe), self.model.state_dict()
         common = {"recipe": recipe, "metrics": latest, "model": weights}
@@ -859,7 +872,7 @@ class ResNetTrainer:
             rows=self.rows,
             optimizer=self.optimizer.state_dict(),
             scheduler=self.scheduler.state_dict(),
-            random_states=[torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
+            random_states=[module.get_rng_state() for module in self._random_modules()],
         )
 
     def _restore(self, checkpoint: dict) -> None:
@@ -867,10 +880,11 @@ class ResNetTrainer:
         for name in ("model", "optimizer", "scheduler"):
             getattr(self, name).load_state_dict(checkpoint[name])
         self.rows = checkpoint["rows"]
-        cpu, *cuda = checkpoint["random_states"]
-        torch.set_rng_state(cpu)
-        if len(cuda) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(cuda)
+        for module, state in zip(self._random_modules(), checkpoint["random_states"], strict=False):
+            module.set_rng_state(state)
+
+    def _random_modules(self) -> list:
+        return [torch] + [torch.get_device_module(self.device)] * (self.device.type != "cpu")
 
     def test(self, test_loader) -> dict:
         """Return what evaluate() does: loss, accuracy, predictions, labels, probabilities."""
@@ -887,6 +901,16 @@ def train_model(model: nn.Module, train_loader, val_loader=None, device=None, **
 # Blue and vermilion, of Okabe and Ito's palette, differ to colour-blind eyes as well.
 
 BLUE, VERMILION = "#0072B2", "#D55E00"
+
+
+def subplots(rows: int, columns: int, width: float, height: float, title: str):
+    """Return a figure (inches) with a title, and its axes (rows, columns)."""
+    import matplotlib.pyplot as plt  # half a second that only pictures cost
+
+    size = (width, height)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    figure.suptitle(title, parse_math=False)
+    return figure, axes
 
 
 def confusion_matrix(labels: Tensor, predictions: Tensor) -> Tensor:
@@ -918,15 +942,16 @@ def classification_report(labels: Tensor, predictions: Tensor) -> str:
 
 def plot_curves(history: dict[str, list], title: str = ""):
     """Plot loss and accuracy by epoch, with the best epoch and the learning-rate drops."""
-    import matplotlib.pyplot as plt
-
     epochs, rates = history["epoch"], history["learning_rate"]
-    best = max(epoch for epoch, is_best in zip(epochs, history["best"], strict=True) if is_best)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for axis, name, unit in zip(axes, ("loss", "accuracy"), ("nats per image", "%"), strict=True):
+    best_epoch = max(e for e, is_best in zip(epochs, history["best"], strict=True) if is_best)
+    figure, axes = subplots(1, 2, 11, 4.2, title)
+    for axis, name, unit in zip(
+        axes[0], ("loss", "accuracy"), ("nats per image", "%"), strict=True
+    ):
         axis.plot(epochs, history[f"train_{name}"], "o-", color=BLUE, label="training")
         axis.plot(epochs, history[f"val_{name}"], "s-", color=VERMILION, label="validation")
-        axis.plot(best, history[f"val_{name}"][best - 1], "k*", ms=14, label="best epoch")
+        best = history[f"val_{name}"][best_epoch - 1]
+        axis.plot(best_epoch, best, "k*", ms=14, label=f"best epoch ({best_epoch})")
         for epoch, before, after in zip(epochs[1:], rates, rates[1:], strict=False):
             if after < before:
                 axis.axvline(epoch - 0.5, color="gray", linestyle=":")
@@ -936,55 +961,46 @@ def plot_curves(history: dict[str, list], title: str = ""):
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
-    axes[0].set_yscale("log")
-    figure.suptitle(title)
+    axes[0, 0].set_yscale("log")
     return figure
 
 
 def plot_confusion_matrix(labels: Tensor, predictions: Tensor, title: str = ""):
     """Draw the counts of true against predicted digits."""
-    import matplotlib.pyplot as plt
-
     matrix = confusion_matrix(labels, predictions)
     shade = matrix.float().log1p()  # mistakes are a thousandth of the diagonal
-    figure, axis = plt.subplots(figsize=(6.4, 6.8), layout="constrained")
+    figure, ((axis,),) = subplots(1, 1, 6.4, 6.8, title)
     axis.imshow(shade, cmap="Blues")
     for true, predicted in matrix.nonzero().tolist():
         colour = "white" if shade[true, predicted] > 0.6 * shade.max() else "black"
         count = f"{matrix[true, predicted]:,}"
         axis.text(predicted, true, count, color=colour, ha="center", va="center")
-    axis.set(xlabel="predicted digit", ylabel="true digit", title=title)
+    axis.set(xlabel="predicted digit", ylabel="true digit")
     axis.set(xticks=range(10), yticks=range(10))
     return figure
 
 
 def plot_digits(images: Tensor, captions: list[str], wrong: list[bool], title: str = ""):
-    """Draw images (N, 1, S, S), eight a row; captions of wrong ones are vermilion."""
-    import matplotlib.pyplot as plt
-
-    rows = max(1, math.ceil(len(images) / 8))
-    size = (10, 1.65 * rows + 0.7)
-    figure, axes = plt.subplots(rows, 8, figsize=size, layout="constrained", squeeze=False)
+    """Draw the first 40 images (N, 1, S, S); the captions of those that are wrong are vermilion."""
+    rows = max(1, math.ceil(min(len(images), 40) / 8))
+    figure, axes = subplots(rows, 8, 10, 1.65 * rows + 0.7, title)
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, caption, is_wrong in zip(axes.flat, images, captions, wrong, strict=False):
         axis.imshow(image[0], cmap="gray")
-        axis.set_title(caption, fontsize=8, color=VERMILION if is_wrong else "black")
-    figure.suptitle(title)
+        colour = VERMILION if is_wrong else "black"
+        axis.set_title(caption, fontsize=8, color=colour, parse_math=False)
     return figure
 
 
 @torch.no_grad()
 def plot_feature_maps(model: ResNet, image: Tensor, title: str = "", channels: int = 10):
     """Draw an image (1, C, S, S) and the first channels of what each part makes of it."""
-    import matplotlib.pyplot as plt
-
     training = model.training
     maps = {"input": image, **model.eval().get_feature_maps(image)}
     model.train(training)
     del maps["pooled"]  # a vector
-    size = (channels, 1.25 * len(maps))
-    figure, axes = plt.subplots(len(maps), channels, figsize=size, layout="constrained")
+    figure, axes = subplots(len(maps), channels, channels, 1.25 * len(maps), title)
     for row, (name, features) in zip(axes, maps.items(), strict=True):
         features = features[0].float().cpu()
         for axis in row:
@@ -994,7 +1010,6 @@ def plot_feature_maps(model: ResNet, image: Tensor, title: str = "", channels: i
             shades = "gray" if name == "input" else "viridis"
             axis.imshow(feature, cmap=shades, vmin=features.min(), vmax=features.max())
         row[0].set_title(f"{name}  {'×'.join(map(str, features.shape))}", fontsize=9, loc="left")
-    figure.suptitle(title)
     return figure
 
 
@@ -1048,9 +1063,9 @@ def find_checkpoint(given: str | None, name: str) -> Path:
     return found[-1]
 
 
-def load_run(given: str | None, device: torch.device) -> tuple[ResNet, Recipe, dict, Path]:
-    """Return the network of a checkpoint, its recipe, its metrics and its file."""
-    path = find_checkpoint(given, "best.pt")
+def load_run(args: argparse.Namespace) -> tuple[ResNetTrainer, dict, Path]:
+    """Return the network that a command names, ready to test, with its metrics and its file."""
+    path = find_checkpoint(args.checkpoint, "best.pt")
     checkpoint = load_checkpoint(path)
     recipe = Recipe(**checkpoint["recipe"])
     model = recipe.build_model()
@@ -1058,25 +1073,23 @@ def load_run(given: str | None, device: torch.device) -> tuple[ResNet, Recipe, d
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
         raise UserError(f"{path} holds the weights of another network") from error
-    model.to(device, memory_format=torch.channels_last)
-    return model, recipe, checkpoint["metrics"], path
+    return ResNetTrainer(model, args.device, recipe), checkpoint["metrics"], path
 
 
 def claim_run_dir(output_dir: str | None, name: str) -> Path:
-    """Make the folder of a new run; never take one that holds a run already."""
+    """Make the folder of a new run; refuse one that holds a run already."""
     number = 1
-    while True:
-        folder = Path(output_dir or RUNS / f"{name}-{number}")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / "history.csv", "x"):  # of two that want it at once, one gets it
-                return folder
-        except FileExistsError:
-            if output_dir:
-                raise UserError(f"{folder} is taken: --resume it, or choose another") from None
-            number += 1
-        except OSError as error:
-            raise UserError(f"cannot write into {folder}: {error.strerror}") from error
+    while not output_dir and (RUNS / f"{name}-{number}").exists():
+        number += 1
+    folder = Path(output_dir or RUNS / f"{name}-{number}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "history.csv", "x"):  # of two runs that want it at once, one gets it
+            return folder
+    except FileExistsError:
+        raise UserError(f"{folder} is taken: --resume it, or choose another") from None
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror}") from error
 
 
 def read_image(path: str) -> Tensor:
@@ -1091,25 +1104,25 @@ def read_image(path: str) -> Tensor:
             picture = ImageOps.exif_transpose(file).convert("RGBA")
     except Exception as error:  # whatever Pillow makes of arbitrary bytes
         raise UserError(f"{path} cannot be read as an image") from error
-    paper = Image.new("RGBA", picture.size, "white")
-    gray = TF.pil_to_tensor(Image.alpha_composite(paper, picture).convert("L"))[0].float()
-    ground = torch.cat([gray[0], gray[-1], gray[:, 0], gray[:, -1]]).median()
-    if gray.shape == (28, 28) and ground < 32:
-        return gray.byte()
-    ink = (gray - ground).abs()
-    if ink.max() < 32:
+    gray = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("L")
+    pixels = TF.pil_to_tensor(gray)[0]
+    paper = torch.cat([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]).median().item()
+    if gray.size == (28, 28) and paper < 32:
+        return pixels
+    ink = ImageChops.difference(gray, Image.new("L", gray.size, paper))  # dark or light, now light
+    darkest = ink.getextrema()[1]
+    if darkest < 32:
         raise UserError(f"{path} shows no ink")
-    ink = (ink / ink.max() - 0.2).clamp(min=0)  # no paper is quite even
-    rows, columns = (ink.amax(dim=dim).nonzero().flatten() for dim in (1, 0))
-    ink = ink[None, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    height, width = (max(1, round(20 * side / max(ink.shape))) for side in ink.shape[1:])
-    ink = TF.resize(ink, [height, width], antialias=True)[0]
-    y = (ink.sum(dim=1) @ torch.arange(float(height)) / ink.sum()).item()
-    x = (ink.sum(dim=0) @ torch.arange(float(width)) / ink.sum()).item()
-    top, left = (min(max(round(13.5 - c), 0), 28 - s) for c, s in ((y, height), (x, width)))
-    image = torch.zeros(28, 28)
-    image[top : top + height, left : left + width] = ink / ink.max()
-    return (255 * image).round().byte()
+    ink = ink.point(lambda value: max(0, value - darkest // 5))  # no paper is quite even
+    ink = ImageOps.autocontrast(ImageOps.contain(ink.crop(ink.getbbox()), (20, 20)))
+    digit = TF.pil_to_tensor(ink)[0]  # (h, w), one of them 20
+    image, corner = torch.zeros(28, 28, dtype=torch.uint8), []
+    for axis, side in enumerate(digit.shape):
+        mass = digit.sum(dim=1 - axis).float()
+        centre = (mass @ torch.arange(float(side)) / mass.sum()).item()
+        corner.append(min(max(round(13.5 - centre), 0), 28 - side))
+    image[corner[0] :, corner[1] :][: digit.shape[0], : digit.shape[1]] = digit
+    return image
 
 
 def make_report(recipe: Recipe, metrics: dict, results: dict) -> str:
@@ -1133,8 +1146,14 @@ def start_or_resume(args: argparse.Namespace, given: dict) -> tuple[Recipe, dict
     checkpoint = load_checkpoint(path)
     if "optimizer" not in checkpoint:
         raise UserError(f"{path} cannot be resumed; the last.pt of a run can")
+    if args.output_dir:
+        raise UserError("a resumed run stays in its folder: leave out --output-dir")
     for name in given.keys() - {"epochs", "patience"}:
-        raise UserError(f"{path.parent} keeps its {name}: only epochs and patience may change")
+        kept = checkpoint["recipe"][name]
+        if given[name] != kept:
+            raise UserError(
+                f"{path.parent} keeps its {name} {kept}; epochs and patience may change"
+            )
     return replace(Recipe(**checkpoint["recipe"]), **given), checkpoint, path.parent
 
 
@@ -1158,40 +1177,39 @@ def command_train(args: argparse.Namespace, given: dict) -> None:
     try:
         history = trainer.train(data.train, data.val, resume=checkpoint)
     except KeyboardInterrupt:
-        command = f"python {Path(sys.argv[0]).name} --resume {run_dir}"
-        print(f"stopped; this goes on:  {command}", file=sys.stderr)
+        command = ["python", sys.argv[0], "--resume", str(run_dir), "--data-dir", args.data_dir]
+        print(f"stopped; this goes on:  {shlex.join(command)}", file=sys.stderr)
         raise
     results = trainer.test(data.test.to(device))
     report = make_report(recipe, load_checkpoint(run_dir / "best.pt")["metrics"], results)
     write_atomically(run_dir / "report.txt", report.encode())
-    print("\n" + report)
+    print(report if args.quiet else f"\n{report}")
     visualize_results(trainer.model, data.test, results, history, run_dir, title)
-    print(f"weights, history, report and pictures: {run_dir}")
+    if not args.quiet:
+        print(f"weights, history, report and pictures: {run_dir}")
 
 
 def command_evaluate(args: argparse.Namespace, given: dict) -> None:
     """Report how the best network of a run does on the test set."""
-    device = pick_device(args.device)
-    model, recipe, metrics, path = load_run(args.checkpoint, device)
-    test = recipe.load_data(args.data_dir).test.to(device)
-    precision = pick_precision(recipe.precision, device)
-    print(f"{path} on {describe_device(device)}, {precision}\n")
-    print(make_report(recipe, metrics, evaluate(model, test, device, precision)))
+    trainer, metrics, path = load_run(args)
+    test = trainer.recipe.load_data(args.data_dir).test.to(trainer.device)
+    print(f"{path} on {describe_device(trainer.device)}, {trainer.precision}\n")
+    print(make_report(trainer.recipe, metrics, trainer.test(test)))
 
 
 def command_predict(args: argparse.Namespace, given: dict) -> None:
     """Read digits from image files: print label and probability of each, save a picture."""
-    device = pick_device(args.device)
-    model, recipe, _, path = load_run(args.checkpoint, device)
+    trainer, _, path = load_run(args)
     digits = torch.stack([read_image(name) for name in args.images])
-    batches = Batches(digits, torch.zeros(len(digits)), input=recipe.input)
-    precision = pick_precision(recipe.precision, device)
-    probabilities = evaluate(model, batches.to(device), device, precision)["probabilities"]
+    unknown = torch.zeros(len(digits), dtype=torch.long)
+    results = trainer.test(Batches(digits, unknown, input=trainer.recipe.input).to(trainer.device))
     captions = []
-    for name, probability, label in zip(args.images, *probabilities.max(dim=1), strict=True):
+    best = results["probabilities"].max(dim=1)
+    for name, probability, label in zip(args.images, best.values, best.indices, strict=True):
         print(f"{label}  {100 * probability:6.2f} %  {name}")
         captions.append(f"{Path(name).name}\n{label}, {100 * probability:.1f} %")
-    figure = plot_digits(digits[:, None], captions, [False] * len(digits), f"read by {path}")
+    title = f"as {trainer.recipe.model}, trained on {trainer.recipe.dataset}, saw and read them"
+    figure = plot_digits(digits[:, None], captions, [False] * len(digits), title)
     save_figure(figure, path.with_name("predict.png"))
     print(f"what the network saw: {path.with_name('predict.png')}")
 
@@ -1221,18 +1239,22 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(command: str) -> argparse.ArgumentParser:
     """Return the parser of a command; the flags of a recipe are made from its fields."""
-    others = "Other commands: " + ", ".join(name for name in COMMANDS if name != command)
-    usage = f"%(prog)s {command} [options]"
-    parser = Parser(usage=usage, description=COMMANDS[command].__doc__, epilog=others)
+    parser = Parser(f"resnet18_mnist.py {command}", description=COMMANDS[command].__doc__)
+    parser.epilog = "Other commands: " + ", ".join(name for name in COMMANDS if name != command)
+    operands = {"evaluate": "[CHECKPOINT] ", "predict": "IMAGE... "}.get(command, "")
+    parser.usage = f"%(prog)s {operands}[flags]"
     add = parser.add_argument
-    settings = {"train": fields(Recipe), "describe": fields(Recipe)[:3]}
-    for setting in settings.get(command, ()):
-        default, among = setting.default, setting.metadata["among"]
-        kind = {"type": int if default is None else type(default), "choices": among or None}
-        kind["metavar"] = None if among else "X" if isinstance(default, float) else "N"
+    flags = {"train": [f.name for f in fields(Recipe)], "describe": ["model", "input", "stem"]}
+    for setting in fields(Recipe):
+        if setting.name not in flags.get(command, ()):
+            continue
+        default, choices = setting.default, setting.metadata["choices"]
+        kind = {"type": int if default is None else type(default), "choices": choices or None}
+        kind["metavar"] = None if choices else "X" if isinstance(default, float) else "N"
         if isinstance(default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        kind["help"] = f"{setting.metadata['help']} (default: {default})"
+        told = "" if default is None else f" (default: {default})"
+        kind["help"] = setting.metadata["help"] + told
         add("--" + setting.name.replace("_", "-"), default=argparse.SUPPRESS, **kind)
     if command == "train":
         add("--output-dir", metavar="DIR", help="folder of the run (default: a new one in runs/)")
@@ -1257,7 +1279,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; return the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
-    sys.stdout.reconfigure(errors="replace")  # a terminal may not know × or ·
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not know ×
     try:
         args = make_parser(command).parse_args(arguments)
         show = getattr(args, "show", False)
@@ -1269,6 +1292,9 @@ def main(arguments: list[str] | None = None) -> int:
             import matplotlib.pyplot as plt
 
             plt.show()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output, `head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

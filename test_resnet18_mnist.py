@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -447,16 +448,13 @@ def digits_loader(n=128, batch_size=32, **options):
     return rm.Batches(digits.train_images, digits.train_labels, batch_size, **options)
 
 
-@pytest.mark.parametrize("name", ["gray28", "rgb32"])
-def test_overfits_64_images(name):
+@pytest.mark.parametrize(("name", "n"), [("gray28", 64), ("rgb32", 32)])
+def test_overfits_few_images(name, n):
     torch.manual_seed(0)
-    recipe = rm.Recipe(input=name, lr=0.02, lr_patience=99, patience=99)
-    loader = digits_loader(64 if name == "gray28" else 32, 16, input=name, shuffle=True)
+    recipe = rm.Recipe(input=name, epochs=30, lr=0.02, lr_patience=99, patience=3)
+    loader = digits_loader(n, n // 2, input=name, shuffle=True)
     trainer = rm.ResNetTrainer(recipe.build_model(), "cpu", recipe, quiet=True)
-    for _ in range(6):
-        trainer.train(loader, num_epochs=5)
-        if trainer.test(loader)["accuracy"] == 100:
-            break
+    trainer.train(loader, loader)
     assert trainer.test(loader)["accuracy"] == 100
 
 
@@ -711,13 +709,15 @@ def test_train_writes_a_whole_run(trained):
     assert rm.load_checkpoint(folder / "best.pt")["recipe"]["dataset"] == "synthetic"
 
 
-def test_evaluate_repeats_the_report(trained):
+def test_evaluate_repeats_the_report(trained, capsys):
     cwd, _ = trained
     folder = cwd / "runs" / "resnet18-gray28-synthetic-1"
-    newest, named = run("evaluate", cwd=cwd), run("evaluate", folder / "best.pt", cwd=cwd)
-    assert newest.returncode == named.returncode == 0, newest.stderr
+    newest = run("evaluate", cwd=cwd)
+    assert newest.returncode == 0, newest.stderr
     assert (folder / "report.txt").read_text().strip() in newest.stdout
-    assert (folder / "report.txt").read_text().strip() in named.stdout
+    for named in (folder, folder / "best.pt"):
+        assert rm.main(["evaluate", str(named)]) == 0
+        assert (folder / "report.txt").read_text().strip() in capsys.readouterr().out
 
 
 def draw_seven(path, mode="L", paper=255, ink=0):
@@ -760,20 +760,23 @@ def test_describe(tmp_path):
     assert "3×32×32" in done.stdout
 
 
-def test_resume_by_command_and_refusal_of_a_taken_folder(trained, tmp_path):
-    first = run(*TRAIN, "--epochs", 1, "--output-dir", "a", "--quiet", cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
-    taken = run(*TRAIN, "--epochs", 1, "--output-dir", "a", cwd=tmp_path)
-    assert taken.returncode == 2
-    assert re.fullmatch(r"error: a is taken: --resume .*\n", taken.stderr)
-    resumed = run("--resume", "a", "--epochs", 2, "--quiet", cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
+def test_resume_by_command_and_refusal_of_a_taken_folder(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert rm.main([*TRAIN, "--epochs", "1", "--output-dir", "a", "--quiet"]) == 0
+    report = (tmp_path / "a" / "report.txt").read_text()
+    assert capsys.readouterr() == (report + "\n", "")
+    assert rm.main([*TRAIN, "--output-dir", "a", "--quiet"]) == 2
+    assert capsys.readouterr().err == "error: a is taken: --resume it, or choose another\n"
+    assert rm.main(["--resume", "a", "--epochs", "2", "--seed", "0", "--quiet"]) == 0
     straight = trained[0] / "runs" / "resnet18-gray28-synthetic-1" / "last.pt"
     ours, theirs = rm.load_checkpoint(tmp_path / "a" / "last.pt"), rm.load_checkpoint(straight)
     assert without_timings(ours["rows"]) == without_timings(theirs["rows"])
     assert all(torch.equal(ours["model"][key], theirs["model"][key]) for key in ours["model"])
-    other = run("--resume", "a", "--lr", "0.5", cwd=tmp_path)
-    assert (other.returncode, other.stdout) == (2, "")
+    for mistake in (["--lr", "0.5"], ["--output-dir", "b"]):
+        capsys.readouterr()
+        assert rm.main(["--resume", "a", *mistake]) == 2
+        assert mistake[0].strip("-").replace("-", "_") in capsys.readouterr().err.replace("-", "_")
+    assert rm.main(["--resume", "a/best.pt"]) == 2
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals differ")
@@ -813,49 +816,57 @@ def test_progress_is_live_on_a_terminal(monkeypatch):
     assert all(len(line.replace("\033[K", "")) < 60 for line in shown)
 
 
-def wrong_csv(tmp_path):
-    (tmp_path / "x.txt").write_text("no picture")
-    (tmp_path / "y.pt").write_bytes(b"no checkpoint")
-    Image.new("L", (50, 50), 255).save(tmp_path / "empty.png")
+MISTAKES = {
+    "--device cuda:42": "there is no device 'cuda:42' here; there is ",
+    "--dataset mnist --data-dir none": "train-images-idx3-ubyte.gz",
+    "--epochs many": "--epochs",
+    "--batch-size 1": "batch_size",
+    "--lr-factor 1": "lr_factor",
+    "--modell resnet18": "--modell",
+    "trian": "trian",
+    "--resume": "there is no run",
+    "--resume nowhere": "nowhere",
+    "evaluate y.pt": "y.pt",
+    "evaluate best.pt --data-dir x.txt --device tpu": "'tpu'",
+    "predict x.txt --checkpoint best.pt": "x.txt",
+    "predict empty.png --checkpoint best.pt": "empty.png shows no ink",
+    "predict nothing.png --checkpoint best.pt": "nothing.png",
+    "--dataset synthetic --output-dir x.txt/run": "cannot write into x.txt",
+}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--device", "cuda:42"], "there is no device 'cuda:42' here; there is "),
-        (["--dataset", "mnist", "--data-dir", "none"], "train-images-idx3-ubyte.gz"),
-        (["--epochs", "many"], "--epochs"),
-        (["--batch-size", "1"], "batch_size"),
-        (["--modell", "resnet18"], "--modell"),
-        (["trian"], "trian"),
-        (["--resume"], "there is no run"),
-        (["--resume", "nowhere"], "nowhere"),
-        (["evaluate"], "there is no run"),
-        (["evaluate", "y.pt"], "y.pt"),
-        (["predict", "x.txt", "--checkpoint", "BEST"], "x.txt"),
-        (["predict", "empty.png", "--checkpoint", "BEST"], "empty.png shows no ink"),
-        (["predict", "nothing.png", "--checkpoint", "BEST"], "nothing.png"),
-        ([*TRAIN, "--output-dir", "x.txt/run"], "cannot write into x.txt"),
-    ],
-)
-def test_mistakes_get_one_line_and_exit_code_2(tmp_path, trained, arguments, says):
-    wrong_csv(tmp_path)
+@pytest.fixture(scope="session")
+def mistakes(tmp_path_factory, trained):
+    """What the program answers to each mistake; two at a time, since most of it is import."""
+    cwd = tmp_path_factory.mktemp("mistakes")
+    (cwd / "x.txt").write_text("no picture")
+    (cwd / "y.pt").write_bytes(b"no checkpoint")
+    Image.new("L", (50, 50), 255).save(cwd / "empty.png")
     best = trained[0] / "runs" / "resnet18-gray28-synthetic-1" / "best.pt"
-    done = run(*(best if a == "BEST" else a for a in arguments), cwd=tmp_path)
+    (cwd / "best.pt").write_bytes(best.read_bytes())
+    with ThreadPoolExecutor(2) as pool:
+        answers = pool.map(lambda mistake: run(*mistake.split(), cwd=cwd), MISTAKES)
+        return dict(zip(MISTAKES, answers, strict=True))
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_get_one_line_and_exit_code_2(mistakes, mistake):
+    done = mistakes[mistake]
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
-    assert says in done.stderr
+    assert MISTAKES[mistake] in done.stderr
     assert done.stderr.count("\n") == 1
 
 
-def test_weights_of_another_network_are_refused(tmp_path, trained):
+def test_weights_of_another_network_are_refused(tmp_path, trained, capsys):
     best = trained[0] / "runs" / "resnet18-gray28-synthetic-1" / "best.pt"
     checkpoint = rm.load_checkpoint(best)
     checkpoint["recipe"]["model"] = "resnet34"
     torch.save(checkpoint, tmp_path / "other.pt")
-    done = run("evaluate", "other.pt", cwd=tmp_path)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "another network" in done.stderr
+    assert rm.main(["evaluate", str(tmp_path / "other.pt")]) == 2
+    assert re.fullmatch(
+        "error: .*other.pt holds the weights of another network\n", capsys.readouterr().err
+    )
 
 
 def test_without_mnist_and_network_auto_says_so_and_draws_digits(tmp_path, capsys):
@@ -876,7 +887,8 @@ def test_help_shows_every_flag_with_its_default(command, capsys, monkeypatch):
     if command == "train":
         for setting in rm.fields(rm.Recipe):
             assert f"--{setting.name.replace('_', '-')}" in printed
-            assert f"default: {setting.default}" in printed.replace("\n" + " " * 24, " ")
+            default = "" if setting.default is None else setting.default
+            assert f"default: {default}" in printed.replace("\n" + " " * 24, " ")
 
 
 # The project
@@ -889,6 +901,12 @@ def test_inline_metadata_and_requirements_are_equal():
     required = [line.split("#")[0].strip() for line in lines if line.strip()]
     assert inline == [name for name in required if not name.startswith("pytest")]
     assert len(inline) == 3
+
+
+@pytest.mark.parametrize("arguments", [[], ["--input", "rgb32"]])
+def test_readme_shows_what_describe_prints(arguments, capsys):
+    assert rm.main(["describe", *arguments]) == 0
+    assert capsys.readouterr().out.strip() in (HERE / "README.md").read_text(encoding="utf-8")
 
 
 def test_import_has_no_side_effect_and_no_matplotlib(tmp_path):
