@@ -970,7 +970,7 @@ def plot_confusion_matrix(labels: Tensor, predictions: Tensor, title: str = ""):
     matrix = confusion_matrix(labels, predictions)
     shade = matrix.float().log1p()  # mistakes are a thousandth of the diagonal
     figure, ((axis,),) = subplots(1, 1, 6.4, 6.8, title)
-    axis.imshow(shade, cmap="Blues")
+    axis.imshow(shade.numpy(), cmap="Blues")
     for true, predicted in matrix.nonzero().tolist():
         colour = "white" if shade[true, predicted] > 0.6 * shade.max() else "black"
         count = f"{matrix[true, predicted]:,}"
@@ -987,7 +987,7 @@ def plot_digits(images: Tensor, captions: list[str], wrong: list[bool], title: s
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, caption, is_wrong in zip(axes.flat, images, captions, wrong, strict=False):
-        axis.imshow(image[0], cmap="gray")
+        axis.imshow(image[0].numpy(), cmap="gray")
         colour = VERMILION if is_wrong else "black"
         axis.set_title(caption, fontsize=8, color=colour, parse_math=False)
     return figure
@@ -1002,7 +1002,7 @@ def plot_feature_maps(model: ResNet, image: Tensor, title: str = "", channels: i
     del maps["pooled"]  # a vector
     figure, axes = subplots(len(maps), channels, channels, 1.25 * len(maps), title)
     for row, (name, features) in zip(axes, maps.items(), strict=True):
-        features = features[0].float().cpu()
+        features = features[0].float().cpu().numpy()
         for axis in row:
             axis.axis("off")
         for axis, feature in zip(row, features, strict=False):
