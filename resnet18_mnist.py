@@ -33,6 +33,7 @@ Sources
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import csv
 import io
@@ -304,7 +305,8 @@ def read_mnist(data_dir: str | Path) -> Digits:
     except Exception as error:
         raise explain_failure(raw, error) from error
     for part, name in ((train, "train"), (test, "t10k")):
-        if part.data.shape != (len(part.targets), 28, 28) or part.targets.max() > 9:
+        count = max(len(part.targets), 1)  # none at all do not fit either
+        if part.data.shape != (count, 28, 28) or part.targets.max() > 9:
             raise UserError(f"{name}-images and {name}-labels in {raw} do not fit each other")
     return Digits("mnist", train.data, train.targets, test.data, test.targets)
 
@@ -716,7 +718,8 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
             os.fsync(file.fileno())  # else a power cut may leave the new name on an empty file
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
