@@ -328,7 +328,8 @@ def explain_failure(raw: Path, error: Exception) -> UserError:
     if isinstance(error, OSError) and error.strerror:
         return UserError(f"MNIST cannot be brought to {raw}: {error.strerror}")
     kind = UserError if any(raw.glob("*-ubyte*")) else DataMissing
-    return kind(f"MNIST cannot be downloaded; put {', '.join(missing)} into {raw}")
+    reason = str(error).strip().rpartition("\n")[2]
+    return kind(f"MNIST cannot be downloaded ({reason}); put {', '.join(missing)} into {raw}")
 
 
 def draw_synthetic_digits(seed: int, train_size: int = 6000, test_size: int = 1000) -> Digits:
