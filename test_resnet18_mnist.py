@@ -488,17 +488,14 @@ def test_plain_dataloader_works_and_training_ends_on_the_best_weights():
     digits = rm.draw_synthetic_digits(0, 200, 50)
     images = digits.train_images[:, None].float() / 255
     train = DataLoader(TensorDataset(images, digits.train_labels), 32, shuffle=True)
-    val = DataLoader(TensorDataset(images[:50], digits.train_labels[:50]), 32)
+    # With wrong labels to validate on, the better the model learns the higher its loss.
+    val = DataLoader(TensorDataset(images, (digits.train_labels + 1) % 10), 32)
     model = LinearModel()
-    history = rm.train_model(model, train, val, device="cpu", epochs=8, lr=0.5, momentum=0.99)
-    best = history["best"].index(True) if history["best"].count(True) == 1 else None
-    lowest = min(history["val_loss"])
-    assert best is None or history["val_loss"][best] == lowest
-    assert history["val_loss"][-1] > lowest  # else the test would show nothing
-    assert rm.evaluate(model, val, precision=rm.pick_precision("auto", torch.device("cpu")))[
-        "loss"
-    ] == pytest.approx(lowest)
-    assert rm.compute_accuracy(model, val, "cpu") > 10
+    history = rm.train_model(model, train, val, "cpu", epochs=9, lr_patience=9, precision="fp32")
+    assert history["val_loss"] == sorted(history["val_loss"])
+    assert history["best"] == [True, False, False, False, False, False]
+    assert rm.evaluate(model, val)["loss"] == pytest.approx(history["val_loss"][0])
+    assert not model.training
 
 
 def test_evaluate_against_plain_arithmetic():
@@ -927,7 +924,7 @@ def test_import_has_no_side_effect_and_no_matplotlib(tmp_path):
 # What the input pipeline costs: `python test_resnet18_mnist.py`
 
 
-def benchmark(rounds: int = 5) -> None:
+def benchmark(rounds: int = 3) -> None:
     """Time the training loop on its own batches against the same steps on one fixed batch."""
     device = rm.pick_device()
     digits = rm.draw_synthetic_digits(0, 128 * 24, 10)
