@@ -17,6 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 import torch.nn.functional as F
@@ -776,6 +777,15 @@ def test_resume_by_command_and_refusal_of_a_taken_folder(trained, tmp_path, monk
         assert rm.main(["--resume", "a", *mistake]) == 2
         assert mistake[0].strip("-").replace("-", "_") in capsys.readouterr().err.replace("-", "_")
     assert rm.main(["--resume", "a/best.pt"]) == 2
+
+
+def test_show_opens_every_picture(trained, monkeypatch):
+    monkeypatch.chdir(trained[0])
+    plt.close("all")
+    opened = []
+    monkeypatch.setattr(plt, "show", lambda: opened.extend(plt.get_fignums()))
+    assert rm.main(["--resume", "--quiet", "--show"]) == 0  # a finished run: only reported again
+    assert len(opened) == len(PICTURES)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals differ")
