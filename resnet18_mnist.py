@@ -1128,8 +1128,9 @@ def read_image(path: str) -> Tensor:
     if darkest < 32:
         raise UserError(f"{path} shows no ink")
     ink = ink.point(lambda value: max(0, value - darkest // 5))  # no paper is quite even
-    ink = ImageOps.autocontrast(ImageOps.contain(ink.crop(ink.getbbox()), (20, 20)))
-    digit = TF.pil_to_tensor(ink)[0]  # (h, w), one of them 20
+    ink = ink.crop(ink.getbbox())
+    size = [max(1, round(20 * side / max(ink.size))) for side in ink.size]
+    digit = TF.pil_to_tensor(ImageOps.autocontrast(ink.resize(size)))[0]  # (h, w), one of them 20
     image, corner = torch.zeros(28, 28, dtype=torch.uint8), []
     for axis, side in enumerate(digit.shape):
         mass = digit.sum(dim=1 - axis).float()

@@ -748,6 +748,10 @@ def test_pictures_are_treated_as_mnist_was(tmp_path):
     assert image.max() == 255
     inverted = rm.read_image(draw_seven(tmp_path / "b.png", "L", 0, 255)).float()
     assert (image - inverted).abs().max() <= 1
+    thin = Image.new("L", (300, 50), 255)
+    thin.paste(0, (10, 20, 290, 21))  # one pixel high, and fitted into 20 pixels still one
+    thin.save(tmp_path / "thin.png")
+    assert (rm.read_image(tmp_path / "thin.png") > 0).sum() == 20
     mnist = rm.draw_synthetic_digits(0, 1, 1).train_images[0]
     Image.fromarray(mnist.numpy()).save(tmp_path / "c.png")
     assert torch.equal(rm.read_image(tmp_path / "c.png"), mnist)
