@@ -833,17 +833,12 @@ MISTAKES = {
     "--device cuda:42": "there is no device 'cuda:42' here; there is ",
     "--dataset mnist --data-dir none": "train-images-idx3-ubyte.gz",
     "--epochs many": "--epochs",
-    "--batch-size 1": "batch_size",
     "--lr-factor 1": "lr_factor",
-    "--modell resnet18": "--modell",
     "trian": "trian",
     "--resume": "there is no run",
-    "--resume nowhere": "nowhere",
     "evaluate y.pt": "y.pt",
-    "evaluate best.pt --data-dir x.txt --device tpu": "'tpu'",
     "predict x.txt --checkpoint best.pt": "x.txt",
     "predict empty.png --checkpoint best.pt": "empty.png shows no ink",
-    "predict nothing.png --checkpoint best.pt": "nothing.png",
     "--dataset synthetic --output-dir x.txt/run": "cannot write into x.txt",
 }
 
