@@ -44,23 +44,27 @@ import math
 import os
 import platform
 import random
+import re
 import shlex
 import shutil
 import sys
+import textwrap
 import time
+import warnings
 import zipfile
-from collections import namedtuple
-from collections.abc import Iterator
+from collections import OrderedDict, namedtuple
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import datasets
+from torchvision import datasets, models
 from torchvision.transforms.v2 import functional as TF
 
 
@@ -228,6 +232,12 @@ resnet152 = partial(ResNet, Bottleneck, [3, 8, 36, 3])
 MODELS = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}
 MODELS |= {"resnet101": resnet101, "resnet152": resnet152}
 
+
+def first_conv(model: nn.Module) -> tuple[str, nn.Conv2d]:
+    """Return the convolution that meets the image, with its name."""
+    return next((n, part) for n, part in model.named_modules() if isinstance(part, nn.Conv2d))
+
+
 Layer = namedtuple("Layer", "name shape parameters flops live")
 
 
@@ -244,7 +254,7 @@ def list_layers(model: nn.Module, image: Tensor) -> list[Layer]:
 
     def add_row(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         parameters = sum(p.numel() for p in layer.parameters())
-        if isinstance(layer, nn.BatchNorm2d):
+        if isinstance(layer, nn.BatchNorm2d) and rows:
             rows[-1] = rows[-1]._replace(parameters=rows[-1].parameters + parameters)
             return
         live = 1.0
@@ -258,24 +268,31 @@ def list_layers(model: nn.Module, image: Tensor) -> list[Layer]:
         rows.append(Layer(name, shape, parameters, sum(flops.values()), live))
 
     for name, part in model.named_modules():
-        if not list(part.children()) and not isinstance(part, (nn.ReLU, nn.Identity)):
+        leaf = not list(part.children())
+        if leaf and (list(part.parameters()) or "Pool" in type(part).__name__):
             part.register_forward_hook(lambda part, x, y, name=name: add_row(name, part, x[0], y))
     with counter:
         model(image)
+    parameters = sum(p.numel() for p in model.parameters()) - sum(row.parameters for row in rows)
+    flops = counter.get_total_flops() - sum(row.flops for row in rows)
+    if parameters or flops:  # of an attention's own matrices, say, which are no module
+        rows.append(Layer("outside of layers", "", parameters, flops, 1.0))
     return rows
 
 
-def visualize_model_architecture(model: ResNet, image_size: int | None = None) -> None:
+def visualize_model_architecture(model: nn.Module, image_size: int | None = None) -> None:
     """Print the layers that an image of this size (default: 28 if gray, 32 if RGB) meets."""
-    channels = model.conv1.in_channels
+    weight = first_conv(model)[1].weight
+    channels = weight.shape[1]
     size = image_size or (28 if channels == 1 else 32)
-    rows = list_layers(model, model.conv1.weight.new_zeros(1, channels, size, size))
+    rows = list_layers(model, weight.new_zeros(1, channels, size, size))
     parameters, flops = sum(row.parameters for row in rows), sum(row.flops for row in rows)
     live = sum(row.parameters * row.live for row in rows) / parameters
-    print(f"{'layer':21}{'output':>10}{'parameters':>13}{'FLOPs':>15}{'live':>9}")
-    print(f"{'input':21}{f'{channels}×{size}×{size}':>10}")
-    for row in [*rows, Layer("total", "", parameters, flops, live)]:
-        print("{:21}{:>10}{:13,}{:15,}{:9.1%}".format(*row))
+    width = max(21, *(len(row.name) for row in rows))
+    print(f"{'layer':{width}}{'output':>10}{'parameters':>13}{'FLOPs':>15}{'live':>9}")
+    print(f"{'input':{width}}{f'{channels}×{size}×{size}':>10}")
+    for name, shape, *counts in [*rows, Layer("total", "", parameters, flops, live)]:
+        print(f"{name:{width}}{shape:>10}" + "{:13,}{:15,}{:9.1%}".format(*counts))
     print("FLOPs: one image forward, a multiply-add counted as two.")
     print("live: share of the weights that can meet a pixel; the others meet only padding.")
 
@@ -286,8 +303,10 @@ def visualize_model_architecture(model: ResNet, image_size: int | None = None) -
 # index into it, made float, augmented and normalised as a whole. With no Python per image and no
 # worker process, the network never waits.
 
-MNIST_MEAN, MNIST_STD = 0.1307, 0.3081  # of the 60,000 training images, pixels scaled to 0–1
-INPUTS = {"gray28": (1, 28), "rgb32": (3, 32)}  # name → channels, pixels a side
+INPUTS = {"gray28": (1, 28), "rgb32": (3, 32), "rgb224": (3, 224)}  # channels, pixels a side
+# Mean and deviation of pixels scaled to 0–1: of MNIST's 60,000 training images, and of the 42,000
+# in Kaggle's train.csv.
+STATISTICS = {"mnist": (0.1307, 0.3081), "kaggle": (0.1310, 0.3085), "none": (0.0, 1.0)}
 
 # Images (N, 28, 28) uint8, light ink on dark ground, with labels (N,) int64 from 0 to 9.
 Digits = namedtuple("Digits", "name train_images train_labels test_images test_labels")
@@ -381,16 +400,18 @@ def split_by_class(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Te
     return order[~held_out[order]], order[held_out[order]]
 
 
-def rotate_and_shift(images: Tensor, draws: Tensor) -> Tensor:
-    """Turn each image (N, C, H, W) by up to 10°, move it by up to a tenth of its side.
+def rotate_and_shift(
+    images: Tensor, draws: Tensor, degrees: float = 10, shift: float = 0.1
+) -> Tensor:
+    """Turn each image (N, C, H, W) by up to ``degrees``, move it by up to ``shift`` of its side.
 
     Each by its own draw, a row of ``draws`` (N, 3) in [-1, 1): torchvision's transforms give one
     draw to a whole batch (its issue 8484). What moves in from outside is 0, background.
     """
-    angle = draws[:, 0] * math.radians(10)
+    angle = draws[:, 0] * math.radians(degrees)
     cos, sin = angle.cos(), angle.sin()
     # theta takes an output pixel to the input pixel that it copies, in sides from -1 to 1.
-    dx, dy = 0.2 * draws[:, 1:].T
+    dx, dy = 2 * shift * draws[:, 1:].T
     theta = torch.stack([cos, -sin, dx, sin, cos, dy], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
@@ -399,9 +420,10 @@ def rotate_and_shift(images: Tensor, draws: Tensor) -> Tensor:
 class Batches:
     """Digits on one device; iterating gives (images, labels) as a network wants them.
 
-    ``images`` (N, 28, 28) uint8 become (batch_size, C, S, S) float, normalised, of the shape that
-    ``input`` names. Order and augmentation depend on seed and epoch alone, so that an epoch can
-    be repeated. The last, short batch is kept.
+    ``images`` (N, 28, 28) uint8 become (batch_size, C, S, S) float, of the shape that ``input``
+    names and normalised; ``rotate`` (degrees) and ``shift`` (of the side) augment them. Order and
+    augmentation depend on seed and epoch alone, so that an epoch can be repeated. The last, short
+    batch is kept.
     """
 
     def __init__(
@@ -410,14 +432,16 @@ class Batches:
         labels: Tensor,
         batch_size: int = 128,
         input: str = "gray28",
+        normalize: str = "mnist",
         seed: int = 0,
         shuffle: bool = False,
-        augment: bool = False,
+        rotate: float = 0,
+        shift: float = 0,
     ):
-        self.channels, size = INPUTS[input]
-        # One channel is stored; three equal ones exist only in the batch at hand.
-        self.images = TF.resize(images[:, None], [size, size], antialias=False)
-        self.labels, self.seed, self.shuffle, self.augment = labels, seed, shuffle, augment
+        self.images, self.labels = images[:, None], labels  # (N, 1, 28, 28), (N,)
+        self.channels, self.size = INPUTS[input]
+        self.mean, self.std = STATISTICS[normalize]
+        self.seed, self.shuffle, self.rotate, self.shift = seed, shuffle, rotate, shift
         self.epoch, self.cuts = 0, list(range(batch_size, len(labels), batch_size))
         if self.cuts and len(labels) - self.cuts[-1] == 1:
             self.cuts.pop()  # batch norm on a 1×1 map needs two images: a lone one joins the rest
@@ -440,12 +464,13 @@ class Batches:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         self.epoch += 1
         order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
-        draws = 2 * torch.rand(n, 3, generator=generator).to(device) - 1 if self.augment else None
+        draws = 2 * torch.rand(n, 3, generator=generator).to(device) - 1
         for index in order.to(device).tensor_split(self.cuts):
-            x = self.images[index].float() / 255  # (N, 1, S, S)
-            if self.augment:
-                x = rotate_and_shift(x, draws[index])
-            x = (x - MNIST_MEAN) / MNIST_STD
+            x = TF.resize(self.images[index], [self.size, self.size], antialias=False)
+            x = x.float() / 255  # (N, 1, S, S)
+            if self.rotate or self.shift:
+                x = rotate_and_shift(x, draws[index], self.rotate, self.shift)
+            x = (x - self.mean) / self.std
             yield x.expand(-1, self.channels, -1, -1), self.labels[index]
 
 
@@ -453,34 +478,41 @@ class MNISTDataLoader:
     """MNIST as three loaders: ``.train``, ``.val`` and ``.test``.
 
     ``val_size`` images (default: a twelfth, 5,000 of the 60,000) are held out of the training set.
-    ``select_on="test"`` holds none out and makes ``.val`` the test set, as many scripts do.
-    ``limit`` keeps so many of the training images.
+    ``select_on="test"`` holds none out and makes ``.val`` the test set, as many scripts do; where
+    there are no test labels, ``.test`` is ``.val``. ``limit`` keeps so many training images.
     """
 
     def __init__(
         self,
         batch_size: int = 128,
         data_dir: str | Path = "data",
-        dataset: str = "auto",
+        dataset: str | Digits = "auto",
         input: str = "gray28",
+        normalize: str = "mnist",
         val_size: int | None = None,
         select_on: str = "val",
         limit: int | None = None,
         augment: bool = False,
+        rotate: float = 10,
+        shift: float = 0.1,
         seed: int = 0,
     ):
-        digits = load_digits(dataset, data_dir, seed)
-        self.name, images, labels = digits[:3]
+        digits = load_digits(dataset, data_dir, seed) if isinstance(dataset, str) else dataset
+        self.name, images, labels, *test = digits
         val_size = len(labels) // 12 if val_size is None else val_size
         if select_on == "test":
+            if test[1] is None:
+                raise UserError(f"{self.name} has no test labels to select on")
             val_size = 0
         elif not 0 < val_size <= len(labels) - 2:
             raise UserError(f"--val-size {val_size} does not fit {len(labels)} training images")
         train, val = split_by_class(labels, val_size, seed)
-        train, common = train[:limit], (batch_size, input, seed)
-        self.train = Batches(images[train], labels[train], *common, shuffle=True, augment=augment)
-        self.test = Batches(digits.test_images, digits.test_labels, *common)
-        self.val = Batches(images[val], labels[val], *common) if val_size else self.test
+        train, common = train[:limit], (batch_size, input, normalize, seed)
+        how = {"rotate": rotate, "shift": shift} if augment else {}
+        self.train = Batches(images[train], labels[train], *common, shuffle=True, **how)
+        self.val = Batches(images[val], labels[val], *common) if val_size else None
+        self.test = self.val if test[1] is None else Batches(*test, *common)
+        self.val = self.val or self.test
 
     def get_data_loaders(self) -> tuple[Batches, Batches]:
         """Return (train, test)."""
@@ -536,60 +568,94 @@ def autocast(device: torch.device | str, precision: str) -> torch.autocast:
 
 # %% 4. Recipe
 
-DATASETS, PRECISIONS = ("auto", "mnist", "synthetic"), ("auto", "fp32", "bf16")
+DATASETS = ("auto", "mnist", "synthetic", "kaggle")
+SCHEDULERS = ("plateau", "step", "cosine", "onecycle", "none")
+PER_UPDATE = ("cosine", "onecycle")  # these change the rate within an epoch
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+OPTIMIZERS |= {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
 
 
-def option(default, text: str, choices: tuple = (), low: float | None = None, high: float = 2**32):
-    """Return a dataclass field that knows its help text and its values, low ≤ value < high."""
-    limits = {"choices": choices, "low": low, "high": high}
-    return field(default=default, metadata={"help": text, **limits})
+def option(
+    default, text: str, choices: tuple = (), low: float | None = None, high: float = 2**32, **flag
+):
+    """Return a dataclass field that knows its help text, its values and its flag.
+
+    Values are among the choices, or low ≤ value < high; ``flag`` is for argparse.
+    """
+    if isinstance(default, bool):
+        flag["action"] = argparse.BooleanOptionalAction
+    elif choices:
+        flag["choices"] = choices
+    else:
+        kind = flag.setdefault("type", type(default))
+        flag.setdefault("metavar", {int: "N", float: "X", str: "NAME"}[kind])
+    told = "" if default in (None, ()) else f" (default: {default})"
+    flag |= {"help": text + told, "default": argparse.SUPPRESS}
+    return field(default=default, metadata={"flag": flag, "limits": (choices, low, high)})
 
 
 @dataclass(frozen=True)
 class Recipe:
     """All that decides the numbers of a run. Each field is a flag of the command line."""
 
-    model: str = option("resnet18", "network", tuple(MODELS))
-    input: str = option("gray28", "1×28×28 or 3×32×32 pixels", tuple(INPUTS))
-    stem: str = option("auto", "auto: imagenet for gray28, cifar for rgb32", ("auto", *STEMS))
+    model: str = option("resnet18", "network: resnet18, 34, 50, 101, 152, lenet5, simple_cnn, ...")
+    input: str = option("gray28", "1×28×28, 3×32×32 or 3×224×224 pixels", tuple(INPUTS))
+    stem: str = option("auto", "auto: imagenet for gray28 and rgb224", ("auto", *STEMS))
+    weights: str | None = option(
+        None, "start from: imagenet, or a file of weights", type=str, metavar="FILE"
+    )
+    freeze: Sequence[str] = option(
+        (), "what stays as it is: conv1 bn1 layer1 ...", type=str, nargs="+", metavar="PART"
+    )
     dataset: str = option("auto", "auto: mnist, or synthetic if missing", DATASETS)
-    val_size: int | None = option(None, "images held out to select on (default: a twelfth)", low=1)
+    normalize: str = option("mnist", "whose mean and deviation pixels get", tuple(STATISTICS))
+    val_size: int | None = option(
+        None, "images held out to select on (default: a twelfth)", low=1, type=int
+    )
     select_on: str = option("val", "the set that selects; test is optimistic", ("val", "test"))
-    limit: int | None = option(None, "images to train on (default: all)", low=2)
-    augment: bool = option(True, "turn images by up to 10°, shift them by a tenth of the side")
+    limit: int | None = option(None, "images to train on (default: all)", low=2, type=int)
+    augment: bool = option(True, "turn and shift the training images at random")
+    rotate: float = option(10.0, "degrees to turn them by, at most", low=0, high=181)
+    shift: float = option(0.1, "part of the side to shift them by, at most", low=0, high=1)
     epochs: int = option(10, "passes over the training images, at most", low=1)
     batch_size: int = option(128, "images a batch", low=2)
     accumulate: int = option(1, "batches whose gradients make one update", low=1)
-    lr: float = option(0.01, "learning rate", low=0)
-    momentum: float = option(0.9, "momentum of SGD", low=0, high=1)
+    label_smoothing: float = option(0.0, "probability given to all digits alike", low=0, high=1)
+    optimizer: str = option("sgd", "what makes an update of a gradient", tuple(OPTIMIZERS))
+    lr: float = option(0.01, "learning rate; the highest, for onecycle", low=0)
+    momentum: float = option(0.9, "momentum of sgd", low=0, high=1)
     weight_decay: float = option(5e-4, "L2 penalty on all parameters", low=0)
-    lr_factor: float = option(0.3, "factor to the learning rate at a plateau", low=0, high=1)
-    lr_patience: int = option(0, "epochs without a lower loss that are no plateau yet", low=0)
+    scheduler: str = option("plateau", "what changes the learning rate", SCHEDULERS)
+    lr_factor: float = option(0.3, "factor to it at a plateau or a step", low=0, high=1)
+    lr_patience: int = option(0, "plateau: epochs without a lower loss that are none yet", low=0)
+    lr_step: int = option(5, "step: epochs from one to the next", low=1)
     patience: int = option(5, "epochs without a lower loss before stopping", low=1)
+    test_train: bool = option(False, "test on the training images too after each epoch")
     seed: int = option(0, "fixes split, initial weights, order and augmentation", low=0)
-    precision: str = option("auto", "auto: bf16 where hardware computes it", PRECISIONS)
+    precision: str = option("auto", "auto: bf16 where it is fast", ("auto", "fp32", "bf16"))
 
     def __post_init__(self):
         for setting in fields(self):
-            value, limits = getattr(self, setting.name), setting.metadata
-            if limits["choices"] and value not in limits["choices"]:
-                choices = ", ".join(limits["choices"])
-                raise UserError(f"{setting.name} is {value!r}, not one of {choices}")
-            low, high = limits["low"], limits["high"]
+            value, (choices, low, high) = getattr(self, setting.name), setting.metadata["limits"]
+            if choices and value not in choices:
+                raise UserError(f"{setting.name} is {value!r}, not one of {', '.join(choices)}")
             if low is not None and value is not None and not low <= value < high:
                 raise UserError(f"{setting.name} is {value}, not from {low} to below {high}")
 
-    def build_model(self) -> ResNet:
-        """Return the network with fresh weights."""
-        stem = {"gray28": "imagenet", "rgb32": "cifar"}[self.input]
-        stem = stem if self.stem == "auto" else self.stem
-        return MODELS[self.model](input_channels=INPUTS[self.input][0], stem=stem)
 
-    def load_data(self, data_dir: str | Path = "data") -> MNISTDataLoader:
-        """Return the images to train on, to select on and to test on."""
-        names = ("batch_size", "dataset", "input", "val_size", "select_on", "limit", "augment")
-        options = {name: getattr(self, name) for name in (*names, "seed")}
-        return MNISTDataLoader(data_dir=data_dir, **options)
+# What people train ResNets on MNIST with, as differences from the defaults (README, Recipes).
+CONSTANT = {"scheduler": "none", "patience": 99}
+RECIPES = {
+    "plateau": {},
+    "rgb32": {"input": "rgb32", "augment": False, **CONSTANT},
+    "adam": {"optimizer": "adam", "lr": 0.001, "weight_decay": 0.0, "normalize": "none"}
+    | {"augment": False, "test_train": True, **CONSTANT},
+    "kaggle": {"dataset": "kaggle", "normalize": "kaggle", "val_size": 4200, "shift": 0.0}
+    | {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.0, "batch_size": 32, "epochs": 15}
+    | {"scheduler": "step", "lr_step": 5, "lr_factor": 0.05, "patience": 10},
+    "augmented": {"optimizer": "adam", "lr": 0.001, "weight_decay": 1e-4, "patience": 99}
+    | {"scheduler": "step", "lr_step": 7, "lr_factor": 0.1},
+}
 
 
 # %% 5. Training
@@ -618,14 +684,20 @@ def train_one_epoch(
     device: torch.device | str = "cpu",
     precision: str = "fp32",
     accumulate: int = 1,
+    label_smoothing: float = 0,
+    after_update: Callable[[], None] | None = None,
     title: str | None = None,
-) -> dict[str, float]:
+) -> dict:
     """Go through the loader once; return loss (mean, nats), accuracy (%) and images_per_second.
 
-    With a ``title`` it shows how it goes: one live line on a terminal, a line every 100 batches in
-    a pipe. Raises FloatingPointError where the loss is no longer finite.
+    Also batch_losses, of every 50th batch. ``after_update`` is what a learning rate that changes
+    within the epoch needs. With a ``title`` it shows how it goes: one live line on a terminal, a
+    line every 100 batches in a pipe. Raises FloatingPointError where a loss is no longer finite.
     """
     model.train()
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d) and not layer.weight.requires_grad:
+            layer.eval()  # a frozen one keeps its statistics too
     optimizer.zero_grad()
     sizes, losses, correct = [], [], []  # left on the device: no step waits for the one before
     started = shown = time.perf_counter()
@@ -635,7 +707,7 @@ def train_one_epoch(
         labels = labels.to(device, non_blocking=True)  # (N,)
         with autocast(device, precision):
             logits = model(images)  # (N, 10)
-            loss = F.cross_entropy(logits, labels)
+            loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         # An update's gradient is the mean over its group of batches; the last group may be short.
         first = step // accumulate * accumulate
         group = min(accumulate, len(loader) - first)
@@ -643,6 +715,8 @@ def train_one_epoch(
         if step + 1 == first + group:
             optimizer.step()
             optimizer.zero_grad()
+            if after_update:
+                after_update()
         sizes.append(len(labels))
         losses.append(loss.detach())
         correct.append((logits.argmax(dim=1) == labels).sum())
@@ -658,6 +732,7 @@ def train_one_epoch(
     return {
         "loss": mean_loss(losses, sizes),
         "accuracy": 100 * torch.stack(correct).sum().item() / sum(sizes),
+        "batch_losses": torch.stack(losses[::50]).tolist(),
         "images_per_second": sum(sizes) / (time.perf_counter() - started),
     }
 
@@ -716,6 +791,32 @@ class EarlyStopping:
         return self.bad_epochs >= self.patience
 
 
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer for those parameters that are not frozen."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    options = {"momentum": recipe.momentum} if recipe.optimizer == "sgd" else {}
+    kind = OPTIMIZERS[recipe.optimizer]
+    return kind(weights, lr=recipe.lr, weight_decay=recipe.weight_decay, **options)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, updates: int):
+    """Return the recipe's scheduler, where an epoch has so many updates.
+
+    Those in PER_UPDATE take a step after each update, the others after each epoch.
+    """
+    kinds, updates = torch.optim.lr_scheduler, recipe.epochs * updates
+    if recipe.scheduler == "plateau":
+        options = {"factor": recipe.lr_factor, "patience": recipe.lr_patience, "threshold": 0}
+        return kinds.ReduceLROnPlateau(optimizer, **options)
+    if recipe.scheduler == "step":
+        return kinds.StepLR(optimizer, recipe.lr_step, recipe.lr_factor)
+    if recipe.scheduler == "cosine":
+        return kinds.CosineAnnealingLR(optimizer, updates)
+    if recipe.scheduler == "onecycle":
+        return kinds.OneCycleLR(optimizer, recipe.lr, total_steps=updates, cycle_momentum=False)
+    return kinds.ConstantLR(optimizer, factor=1)
+
+
 FORMAT = "resnet18_mnist checkpoint 1"
 
 
@@ -741,17 +842,28 @@ def save_checkpoint(path: Path, **content) -> None:
     write_atomically(path, buffer.getbuffer())
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint onto the CPU. Raises UserError if it is missing, damaged or not ours."""
-    checkpoint = None
+def read_tensors(path: str | Path) -> object:
+    """Read what torch.save() wrote, onto the CPU, and run no code in it.
+
+    Raises UserError where it is missing or damaged.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is None:  # torch.load does not look at the checksums
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise zipfile.BadZipFile
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what is about to be refused
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # whatever zip, zlib and pickle make of arbitrary bytes
-        raise UserError(f"{path} is damaged, or is no checkpoint") from error
+        raise UserError(f"{path} is damaged, or holds no weights") from error
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint onto the CPU. Raises UserError if it is missing, damaged or not ours."""
+    checkpoint = read_tensors(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} is damaged, or is no checkpoint of this program")
     return checkpoint
@@ -765,11 +877,11 @@ ROW = (
 
 
 class ResNetTrainer:
-    """Trains and tests a model: SGD, ReduceLROnPlateau, early stopping, checkpoints.
+    """Trains and tests a model: optimizer, scheduler, early stopping, checkpoints.
 
-    ``model`` is any classifier; parameters with requires_grad=False stay as they are (statistics
-    of batch norms do not). ``device`` None picks the best. Of ``recipe`` the fields of model and
-    data are ignored. ``run_dir`` receives best.pt, last.pt and history.csv; None writes nothing.
+    ``model`` is any classifier; parameters with requires_grad=False stay as they are. ``device``
+    None picks the best. Of ``recipe`` the fields of model and data are ignored. ``run_dir``
+    receives best.pt, last.pt and history.csv; None writes nothing.
     """
 
     def __init__(
@@ -798,13 +910,9 @@ class ResNetTrainer:
         overrides = {names.get(name, name): value for name, value in overrides.items()}
         self.recipe = recipe = replace(self.recipe, **overrides)
         self.precision = pick_precision(recipe.precision, self.device)
-        weights = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(
-            weights, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay
-        )
-        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.optimizer, factor=recipe.lr_factor, patience=recipe.lr_patience, threshold=0
-        )
+        self.optimizer = make_optimizer(self.model, recipe)
+        updates = math.ceil(len(train_loader) / recipe.accumulate)
+        self.scheduler = make_scheduler(self.optimizer, recipe, updates)
         self.rows, stopping = [], EarlyStopping(recipe.patience)
         if resume:
             self._restore(resume)
@@ -820,7 +928,10 @@ class ResNetTrainer:
             print(HEADER, flush=True)
         while len(self.rows) < recipe.epochs and not stopping.should_stop:
             row = self._train_and_validate(train_loader, val_loader)
-            self.scheduler.step(row["val_loss"])
+            if recipe.scheduler == "plateau":
+                self.scheduler.step(row["val_loss"])
+            elif recipe.scheduler == "step":
+                self.scheduler.step()
             row["best"] = stopping.step(row["val_loss"])
             self.rows.append(row)
             if row["best"]:
@@ -838,17 +949,21 @@ class ResNetTrainer:
         return {name: [row[name] for row in self.rows] for name in self.rows[0]}
 
     def _train_and_validate(self, train_loader, val_loader) -> dict:
-        epoch, started = len(self.rows) + 1, time.perf_counter()
-        title = None if self.quiet else f"{epoch:5}/{self.recipe.epochs}"
+        epoch, started, recipe = len(self.rows) + 1, time.perf_counter(), self.recipe
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        after_update = self.scheduler.step if recipe.scheduler in PER_UPDATE else None
+        title = None if self.quiet else f"{epoch:5}/{recipe.epochs}"
         if hasattr(train_loader, "set_epoch"):
             train_loader.set_epoch(epoch)
         try:
             train = val = train_one_epoch(
                 *(self.model, train_loader, self.optimizer, self.device, self.precision),
-                *(self.recipe.accumulate, title),
+                *(recipe.accumulate, recipe.label_smoothing),
+                *(after_update, title),
             )
             if val_loader is not None:
                 val = self.test(val_loader)
+            after = self.test(train_loader)["accuracy"] if recipe.test_train else None
             if not math.isfinite(val["loss"]):
                 raise FloatingPointError(f"the validation loss became {val['loss']}")
         except FloatingPointError as error:
@@ -863,27 +978,30 @@ class ResNetTrainer:
             "train_accuracy": train["accuracy"],
             "val_loss": val["loss"],
             "val_accuracy": val["accuracy"],
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": learning_rate,
             "seconds": time.perf_counter() - started,
             "images_per_second": train["images_per_second"],
+            "train_accuracy_after": after,
+            "batch_losses": train["batch_losses"],
         }
 
     def _save(self) -> None:
         """Write best.pt, history.csv, last.pt: a kill between two costs a repeat of the epoch."""
         latest = self.rows[-1] if self.rows else {}
         recipe, weights = asdict(self.recipe), self.model.state_dict()
-        common = {"recipe": recipe, "metrics": latest, "model": weights}
+        common = {"recipe": recipe, "metrics": latest, "rows": self.rows, "model": weights}
         if latest.get("best"):
             save_checkpoint(self.run_dir / "best.pt", **common)
         table = io.StringIO()
         writer = csv.DictWriter(table, latest, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self.rows)
+        for row in self.rows:
+            losses = " ".join(f"{loss:.4f}" for loss in row["batch_losses"])
+            writer.writerow({**row, "batch_losses": losses})
         write_atomically(self.run_dir / "history.csv", table.getvalue().encode())
         save_checkpoint(
             self.run_dir / "last.pt",
             **common,
-            rows=self.rows,
             optimizer=self.optimizer.state_dict(),
             scheduler=self.scheduler.state_dict(),
             random_states=[module.get_rng_state() for module in self._random_modules()],
@@ -1008,7 +1126,7 @@ def plot_digits(images: Tensor, captions: list[str], wrong: list[bool], title: s
 
 
 @torch.no_grad()
-def plot_feature_maps(model: ResNet, image: Tensor, title: str = "", channels: int = 10):
+def plot_feature_maps(model: nn.Module, image: Tensor, title: str = "", channels: int = 10):
     """Draw an image (1, C, S, S) and the first channels of what each part makes of it."""
     training = model.training
     maps = {"input": image, **model.eval().get_feature_maps(image)}
@@ -1035,7 +1153,7 @@ def save_figure(figure, path: Path) -> None:
 
 
 def visualize_results(
-    model: ResNet, loader, results: dict, history: dict, run_dir: Path, title: str = ""
+    model: nn.Module, loader, results: dict, history: dict, run_dir: Path, title: str = ""
 ) -> None:
     """Save a run's pictures; ``results`` are what evaluate() returned for this loader."""
     images = torch.cat([batch[:, :1].cpu() for batch, _ in loader])
@@ -1049,61 +1167,24 @@ def visualize_results(
         wrong = (labels != predictions)[chosen].tolist()
         return plot_digits(images[chosen], captions, wrong, f"{title}\n{subtitle}")
 
-    right = f"{results['accuracy']:.2f} % of {len(labels):,} test images right"
-    first = next(iter(loader))[0][:1].to(next(model.parameters()).device)
+    right = f"{results['accuracy']:.2f} % of {len(labels):,} images right"
     pictures = {
         "curves.png": plot_curves(history, title),
         "confusion_matrix.png": plot_confusion_matrix(labels, predictions, f"{title}\n{right}"),
-        "predictions.png": digits(torch.arange(len(labels))[:40], "the first test images"),
+        "predictions.png": digits(torch.arange(len(labels))[:40], "the first images"),
         "mistakes.png": digits(surest, f"the most confident of {len(mistakes)} mistakes"),
-        "feature_maps.png": plot_feature_maps(model, first, f"{title}\nfeature maps of a digit"),
     }
+    if hasattr(model, "get_feature_maps"):
+        first = next(iter(loader))[0][:1].to(next(model.parameters()).device)
+        figure = plot_feature_maps(model, first, f"{title}\nfeature maps of a digit")
+        pictures["feature_maps.png"] = figure
     for name, figure in pictures.items():
         save_figure(figure, run_dir / name)
 
 
-# %% 7. Command line
-
-RUNS = Path("runs")
-
-
-def find_checkpoint(given: str | None, name: str) -> Path:
-    """Return the checkpoint ``given`` as a file or as the folder of a run, or else the newest."""
-    if given:
-        return Path(given, name) if Path(given).is_dir() else Path(given)
-    found = sorted(RUNS.glob(f"*/{name}"), key=os.path.getmtime)
-    if not found:
-        raise UserError(f"there is no run in {RUNS.resolve()}: train one, or name its folder")
-    return found[-1]
-
-
-def load_run(args: argparse.Namespace) -> tuple[ResNetTrainer, dict, Path]:
-    """Return the network that a command names, ready to test, with its metrics and its file."""
-    path = find_checkpoint(args.checkpoint, "best.pt")
-    checkpoint = load_checkpoint(path)
-    recipe = Recipe(**checkpoint["recipe"])
-    model = recipe.build_model()
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise UserError(f"{path} holds the weights of another network") from error
-    return ResNetTrainer(model, args.device, recipe), checkpoint["metrics"], path
-
-
-def claim_run_dir(output_dir: str | None, name: str) -> Path:
-    """Make the folder of a new run; refuse one that holds a run already."""
-    number = 1
-    while not output_dir and (RUNS / f"{name}-{number}").exists():
-        number += 1
-    folder = Path(output_dir or RUNS / f"{name}-{number}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "history.csv", "x"):  # of two runs that want it at once, one gets it
-            return folder
-    except FileExistsError:
-        raise UserError(f"{folder} is taken: --resume it, or choose another") from None
-    except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}") from error
+# %% 7. Own pictures, and Kaggle's files
+#
+# Digits from elsewhere, made what MNIST's are: uint8, 28×28, light ink on dark ground.
 
 
 def read_image(path: str) -> Tensor:
@@ -1140,17 +1221,276 @@ def read_image(path: str) -> Tensor:
     return image
 
 
+def read_kaggle(path: str | Path, labelled: bool) -> tuple[Tensor, Tensor | None]:
+    """Read a CSV of Kaggle's Digit Recognizer: images (N, 28, 28) uint8 and, if any, labels (N,).
+
+    Raises UserError that names the file, and row and column of what is wrong in it.
+    """
+    columns = ["label"] * labelled + [f"pixel{number}" for number in range(784)]
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            if next(csv.reader(file), None) != columns:
+                raise UserError(f"{path}, row 1: the columns are not {', '.join(columns[:3])} ...")
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # that there is no row is but a warning
+                how = {"delimiter": ",", "quotechar": '"', "comments": None, "ndmin": 2}
+                table = np.loadtxt(file, np.uint8, **how)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, UserWarning, csv.Error) as error:
+        raise UserError(f"{path}{explain_csv(path, columns)}") from error
+    if labelled and table[:, 0].max() > 9:
+        raise UserError(f"{path}{explain_csv(path, columns)}")
+    labels = torch.from_numpy(table[:, 0]).long() if labelled else None
+    return torch.from_numpy(table[:, -784:]).reshape(-1, 28, 28), labels
+
+
+def explain_csv(path: str | Path, columns: list[str]) -> str:
+    """Return where the first thing stands in a CSV that should not, the header being row 1."""
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+        rows = csv.reader(file)
+        next(rows, None)
+        for cells in filter(None, rows):
+            place = f", row {rows.line_num}"
+            if len(cells) != len(columns):
+                return f"{place}: {len(cells)} columns, not {len(columns)}"
+            for name, cell in zip(columns, cells, strict=True):
+                high = 9 if name == "label" else 255
+                if not re.fullmatch(r"\s*\d{1,3}\s*", cell) or int(cell) > high:
+                    return f"{place}, column {name}: {cell[:20]!r} is not from 0 to {high}"
+    return " holds no digit"
+
+
+def write_solution(trainer: ResNetTrainer, path: str | Path, solution: Path) -> None:
+    """Label the digits of a test.csv in the format of the competition: ImageId (from 1), Label."""
+    images, _ = read_kaggle(path, labelled=False)
+    labels = trainer.test(as_loader(trainer, images))["predictions"].tolist()
+    lines = [f"{number},{label}\n" for number, label in enumerate(labels, start=1)]
+    write_atomically(solution, "".join(["ImageId,Label\n", *lines]).encode())
+    print(f"{len(labels):,} labels of {path}: {solution}")
+
+
+def as_loader(trainer: ResNetTrainer, images: Tensor) -> Batches:
+    """Return images (N, 28, 28) uint8 as the trainer's network wants them; the labels say 0."""
+    recipe, labels = trainer.recipe, torch.zeros(len(images), dtype=torch.long)
+    batches = Batches(images, labels, input=recipe.input, normalize=recipe.normalize)
+    return batches.to(trainer.device)
+
+
+# %% 8. Other networks, and weights to start from
+#
+# What a ResNet is to be compared with, and what its training can begin with.
+
+
+def lenet5(num_classes: int = 10, input_channels: int = 1) -> nn.Sequential:
+    """LeNet-5 (LeCun 1998, II.B) with each map of C3 reading all maps, and a linear output.
+
+    (N, C, H, W) → (N, num_classes). The layers have the paper's names.
+    """
+    layers = OrderedDict(
+        C1=nn.Conv2d(input_channels, 6, 5, padding=2),  # (N, 6, 28, 28)
+        tanh1=nn.Tanh(),
+        S2=nn.AvgPool2d(2),  # (N, 6, 14, 14)
+        C3=nn.Conv2d(6, 16, 5),  # (N, 16, 10, 10)
+        tanh3=nn.Tanh(),
+        S4=nn.AdaptiveAvgPool2d(5),  # (N, 16, 5, 5), whatever the size of the image
+        flatten=nn.Flatten(),
+        C5=nn.Linear(400, 120),  # on a 5×5 map, a 5×5 convolution
+        tanh5=nn.Tanh(),
+        F6=nn.Linear(120, 84),
+        tanh6=nn.Tanh(),
+        output=nn.Linear(84, num_classes),
+    )
+    return nn.Sequential(layers)
+
+
+def simple_cnn(num_classes: int = 10, input_channels: int = 1) -> nn.Sequential:
+    """Three 3×3 convolutions with ReLUs and max-pools, and two linear layers."""
+    layers = OrderedDict(
+        conv1=nn.Conv2d(input_channels, 16, 3, padding=1),
+        relu1=nn.ReLU(),
+        pool1=nn.MaxPool2d(2),  # (N, 16, 14, 14)
+        conv2=nn.Conv2d(16, 32, 3, padding=1),
+        relu2=nn.ReLU(),
+        pool2=nn.MaxPool2d(2),  # (N, 32, 7, 7)
+        conv3=nn.Conv2d(32, 64, 3, padding=1),
+        relu3=nn.ReLU(),
+        pool3=nn.AdaptiveMaxPool2d(3),  # (N, 64, 3, 3)
+        flatten=nn.Flatten(),
+        fc1=nn.Linear(576, 64),
+        relu4=nn.ReLU(),
+        fc2=nn.Linear(64, num_classes),
+    )
+    return nn.Sequential(layers)
+
+
+def build_model(recipe: Recipe) -> nn.Module:
+    """Return the recipe's network with fresh weights: a ResNet, a small one, or torchvision's.
+
+    Raises UserError for one that is not there or cannot take images of the recipe's size.
+    """
+    name, (channels, size) = recipe.model, INPUTS[recipe.input]
+    if name in MODELS:
+        stem = "cifar" if recipe.input == "rgb32" else "imagenet"
+        stem = stem if recipe.stem == "auto" else recipe.stem
+        return MODELS[name](input_channels=channels, stem=stem)
+    if recipe.stem != "auto":
+        raise UserError(f"--stem is for ResNets; {name} has its own")
+    if name in ("lenet5", "simple_cnn"):
+        return {"lenet5": lenet5, "simple_cnn": simple_cnn}[name](input_channels=channels)
+    if name not in models.list_models(models):
+        known = ", ".join([*MODELS, "lenet5", "simple_cnn"])
+        raise UserError(f"there is no model {name!r}; there is {known}, and torchvision.models")
+    auxiliary = name in ("googlenet", "inception_v3")  # more than one output in training
+    options = {"aux_logits": False, "init_weights": True} if auxiliary else {}
+    model = models.get_model(name, num_classes=10, **options)
+    place, old = first_conv(model)
+    size_and_step = (old.kernel_size, old.stride, old.padding)
+    biased = old.bias is not None
+    new = nn.Conv2d(channels, old.out_channels, *size_and_step, bias=biased)
+    model.set_submodule(place, new)
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).eval()(torch.zeros(1, channels, size, size))
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"{name} cannot take {size}×{size} pixels; try --input rgb224") from error
+    return model
+
+
+def load_weights(model: nn.Module, name: str, source: str) -> str:
+    """Give the model, of that name, weights to start from; return what became of which.
+
+    ``source`` is "imagenet" for torchvision's, or a file: of this program, or a state dict.
+    Filters for RGB are summed into one for gray, which answers a gray image as they would, and
+    the other way round. What does not fit, such as a head for other classes, stays fresh.
+    """
+    state = imagenet_weights(name) if source == "imagenet" else read_tensors(source)
+    for key in ("model", "state_dict"):  # where checkpoints have it
+        state = state.get(key, state) if isinstance(state, dict) else {}
+    own, adapted, fresh = model.state_dict(), [], []
+    for key, value in own.items():
+        given = state.get(key)
+        shape = tuple(given.shape) if isinstance(given, Tensor) else (0,)
+        channels = {*shape[1:2], *value.shape[1:2]}
+        if shape == value.shape:
+            own[key] = given
+        elif channels == {1, 3} and shape[:1] + shape[2:] == value.shape[:1] + value.shape[2:]:
+            own[key] = given.sum(dim=1, keepdim=True).expand_as(value) / value.shape[1]
+            adapted.append(f"{key} ({shape[1]} to {value.shape[1]} channels)")
+        else:
+            fresh.append(key)
+    loaded = len(own) - len(adapted) - len(fresh)
+    if not loaded:
+        raise UserError(f"{source} holds no weights of {name}")
+    model.load_state_dict(own)
+    report = [f"{loaded} tensors loaded from {source}"]
+    report += [f"adapted: {', '.join(adapted)}"] if adapted else []
+    report += [f"left fresh: {', '.join(fresh)}"] if fresh else []
+    return "; ".join(report)
+
+
+def imagenet_weights(name: str) -> dict[str, Tensor]:
+    """Return torchvision's weights for a model, downloaded or from its cache."""
+    try:
+        weights = models.get_model_weights(name).DEFAULT
+    except ValueError as error:
+        raise UserError(f"torchvision has no ImageNet weights for {name}") from error
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"{weights.url} cannot be downloaded ({error}); get it elsewhere and give the file: "
+            f"--weights {Path(weights.url).name}"
+        ) from error
+
+
+def freeze(model: nn.Module, parts: Sequence[str]) -> None:
+    """Freeze the named parts. Raises UserError for one that is not there."""
+    for name in parts:
+        try:
+            model.get_submodule(name).requires_grad_(False)
+        except AttributeError as error:
+            known = ", ".join(name for name, _ in model.named_children())
+            raise UserError(f"there is no part {name!r} to freeze; there is {known}") from error
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError("with all of it frozen, nothing is left to train")
+
+
+# %% 9. Command line
+
+RUNS = Path("runs")
+
+
+def find_checkpoint(given: str | None, name: str) -> Path:
+    """Return the checkpoint ``given`` as a file or as the folder of a run, or else the newest."""
+    if given:
+        return Path(given, name) if Path(given).is_dir() else Path(given)
+    found = sorted(RUNS.glob(f"*/{name}"), key=os.path.getmtime)
+    if not found:
+        raise UserError(f"there is no run in {RUNS.resolve()}: train one, or name its folder")
+    return found[-1]
+
+
+def load_run(args: argparse.Namespace, run: str | None) -> tuple[ResNetTrainer, dict, Path]:
+    """Return the network of a run, ready to test, with its metrics and its file."""
+    path = find_checkpoint(run, "best.pt")
+    checkpoint = load_checkpoint(path)
+    recipe = Recipe(**checkpoint["recipe"])
+    model = build_model(recipe)
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise UserError(f"{path} holds the weights of another network") from error
+    return ResNetTrainer(model, args.device, recipe), checkpoint["metrics"], path
+
+
+def claim_run_dir(output_dir: str | None, name: str) -> Path:
+    """Make the folder of a new run; refuse one that holds a run already."""
+    number = 1
+    while not output_dir and (RUNS / f"{name}-{number}").exists():
+        number += 1
+    folder = Path(output_dir or RUNS / f"{name}-{number}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "history.csv", "x"):  # of two runs that want it at once, one gets it
+            return folder
+    except FileExistsError:
+        raise UserError(f"{folder} is taken: --resume it, or choose another") from None
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror}") from error
+
+
+def load_data(recipe: Recipe, data_dir: str) -> MNISTDataLoader:
+    """Return the recipe's images: to train on, to select on and to test on."""
+    names = ("batch_size", "input", "normalize", "val_size", "select_on", "limit", "augment")
+    options = {name: getattr(recipe, name) for name in (*names, "rotate", "shift", "seed")}
+    digits = recipe.dataset
+    if digits == "kaggle":
+        images = read_kaggle(Path(data_dir, "train.csv"), labelled=True)
+        digits = Digits("kaggle", *images, None, None)
+    return MNISTDataLoader(data_dir=data_dir, dataset=digits, **options)
+
+
 def make_report(recipe: Recipe, metrics: dict, results: dict) -> str:
     """Return how a network does on the test set, as text of 80 columns."""
-    labels, hits = results["labels"], results["predictions"] == results["labels"]
+    labels, correct = results["labels"], results["predictions"] == results["labels"]
+    tested = "validation" if recipe.dataset == "kaggle" else "test"  # its test has no labels
     report = f"{recipe.model}, {recipe.input}, dataset {recipe.dataset}, seed {recipe.seed}\n"
     if metrics:
         part = "validation set" if recipe.select_on == "val" else "TEST SET, which is optimistic"
         report += f"epoch {metrics['epoch']}, selected on the {part}: "
         report += f"loss {metrics['val_loss']:.4f}, accuracy {metrics['val_accuracy']:.2f} %\n"
-    report += f"test loss {results['loss']:.4f}, test accuracy {results['accuracy']:.2f} % "
-    report += f"({hits.sum():,} of {len(labels):,} {recipe.dataset} images)\n\n"
+    report += f"{tested} loss {results['loss']:.4f}, {tested} accuracy {results['accuracy']:.2f} % "
+    report += f"({correct.sum():,} of {len(labels):,} {recipe.dataset} images)\n\n"
     return report + classification_report(labels, results["predictions"]) + "\n"
+
+
+def list_recipes() -> None:
+    """Print each recipe with what it changes."""
+    for name, settings in RECIPES.items():
+        text = ", ".join(f"{key} {value}" for key, value in settings.items()) or "the defaults"
+        indents = {"initial_indent": f"{name:11}", "subsequent_indent": " " * 11}
+        print(textwrap.fill(text, 79, **indents))
 
 
 def start_or_resume(args: argparse.Namespace, given: dict) -> tuple[Recipe, dict | None, Path]:
@@ -1163,31 +1503,41 @@ def start_or_resume(args: argparse.Namespace, given: dict) -> tuple[Recipe, dict
         raise UserError(f"{path} cannot be resumed; the last.pt of a run can")
     if args.output_dir:
         raise UserError("a resumed run stays in its folder: leave out --output-dir")
-    for name in given.keys() - {"epochs", "patience"}:
-        kept = checkpoint["recipe"][name]
+    recipe = Recipe(**checkpoint["recipe"])
+    free = {"patience"} if recipe.scheduler in PER_UPDATE else {"epochs", "patience"}
+    for name in given.keys() - free:
+        kept = getattr(recipe, name)
         if given[name] != kept:
-            raise UserError(
-                f"{path.parent} keeps its {name} {kept}; epochs and patience may change"
-            )
-    return replace(Recipe(**checkpoint["recipe"]), **given), checkpoint, path.parent
+            may = " and ".join(sorted(free))
+            raise UserError(f"{path.parent} keeps its {name} {kept}; only {may} may change")
+    return replace(recipe, **given), checkpoint, path.parent
 
 
 def command_train(args: argparse.Namespace, given: dict) -> None:
     """Train a ResNet on MNIST, test it, and draw how it went."""
+    if args.recipe == "list":
+        return list_recipes()
     device = pick_device(args.device)
     recipe, checkpoint, run_dir = start_or_resume(args, given)
     torch.manual_seed(recipe.seed)
-    data = recipe.load_data(args.data_dir)
+    data = load_data(recipe, args.data_dir)
     recipe = replace(recipe, dataset=data.name)
+    model = build_model(recipe)
+    loaded = ""
+    if recipe.weights and not checkpoint:
+        loaded = load_weights(model, recipe.model, recipe.weights)
+    freeze(model, recipe.freeze)
     title = f"{recipe.model}, {recipe.input}, {recipe.dataset}"
     run_dir = run_dir or claim_run_dir(args.output_dir, title.replace(", ", "-"))
-    trainer = ResNetTrainer(recipe.build_model(), device, recipe, run_dir, args.quiet)
+    trainer = ResNetTrainer(model, device, recipe, run_dir, args.quiet)
     if not args.quiet:
         train, val, test = (f"{len(part.labels):,}" for part in (data.train, data.val, data.test))
-        parameters = sum(p.numel() for p in trainer.model.parameters())
+        parameters = sum(p.numel() for p in model.parameters())
         print(f"device  {describe_device(device)}, {trainer.precision}")
         print(f"data    {data.name}: {train} to train, {val} to select, {test} to test")
         print(f"model   {recipe.model} for {recipe.input}: {parameters:,} parameters")
+        if loaded:
+            print(f"weights {loaded}")
         print(f"run     {run_dir}\n", flush=True)
     try:
         history = trainer.train(data.train, data.val, resume=checkpoint)
@@ -1199,25 +1549,43 @@ def command_train(args: argparse.Namespace, given: dict) -> None:
     report = make_report(recipe, load_checkpoint(run_dir / "best.pt")["metrics"], results)
     write_atomically(run_dir / "report.txt", report.encode())
     print(report if args.quiet else f"\n{report}")
+    unlabelled = Path(args.data_dir, "test.csv")
+    if recipe.dataset == "kaggle" and unlabelled.exists():
+        write_solution(trainer, unlabelled, run_dir / "solution.csv")
     visualize_results(trainer.model, data.test, results, history, run_dir, title)
     if not args.quiet:
         print(f"weights, history, report and pictures: {run_dir}")
 
 
 def command_evaluate(args: argparse.Namespace, given: dict) -> None:
-    """Report how the best network of a run does on the test set."""
-    trainer, metrics, path = load_run(args)
-    test = trainer.recipe.load_data(args.data_dir).test.to(trainer.device)
-    print(f"{path} on {describe_device(trainer.device)}, {trainer.precision}\n")
-    print(make_report(trainer.recipe, metrics, trainer.test(test)))
+    """Report how the best networks of runs do on the test set; of several also a table."""
+    table = (
+        f"{'model':22}{'input':8}{'parameters':>12}{'MFLOPs':>9}{'s/epoch':>9}{'test %':>8}  run"
+    )
+    for run in args.runs or [None]:
+        trainer, metrics, path = load_run(args, run)
+        model, recipe = trainer.model, trainer.recipe
+        test = load_data(recipe, args.data_dir).test.to(trainer.device)
+        print(f"{path} on {describe_device(trainer.device)}, {trainer.precision}\n")
+        results = trainer.test(test)
+        print(make_report(recipe, metrics, results))
+        layers = list_layers(model, next(iter(test))[0][:1])
+        table += f"\n{recipe.model:22}{recipe.input:8}{sum(x.parameters for x in layers):12,}"
+        table += f"{sum(x.flops for x in layers) / 1e6:9,.1f}{metrics.get('seconds', 0):9.1f}"
+        table += f"{results['accuracy']:8.2f}  {path}"
+    if len(args.runs) > 1:
+        print(table)
 
 
 def command_predict(args: argparse.Namespace, given: dict) -> None:
-    """Read digits from image files: print label and probability of each, save a picture."""
-    trainer, _, path = load_run(args)
+    """Read digits from image files, or from Kaggle's test.csv: label and probability of each."""
+    if bool(args.images) == bool(args.kaggle):
+        raise UserError("predict takes image files, or --kaggle and a test.csv")
+    trainer, _, path = load_run(args, args.checkpoint)
+    if args.kaggle:
+        return write_solution(trainer, args.kaggle, path.with_name("solution.csv"))
     digits = torch.stack([read_image(name) for name in args.images])
-    unknown = torch.zeros(len(digits), dtype=torch.long)
-    results = trainer.test(Batches(digits, unknown, input=trainer.recipe.input).to(trainer.device))
+    results = trainer.test(as_loader(trainer, digits))
     captions = []
     best = results["probabilities"].max(dim=1)
     for name, probability, label in zip(args.images, best.values, best.indices, strict=True):
@@ -1232,8 +1600,9 @@ def command_predict(args: argparse.Namespace, given: dict) -> None:
 def command_describe(args: argparse.Namespace, given: dict) -> None:
     """Print each layer's output shape, parameters, FLOPs and share of live weights."""
     recipe = Recipe(**given)
+    model = build_model(recipe)
     print(f"{recipe.model} for {recipe.input}")
-    visualize_model_architecture(recipe.build_model(), INPUTS[recipe.input][1])
+    visualize_model_architecture(model, INPUTS[recipe.input][1])
 
 
 COMMANDS = {
@@ -1256,30 +1625,26 @@ def make_parser(command: str) -> argparse.ArgumentParser:
     """Return the parser of a command; the flags of a recipe are made from its fields."""
     parser = Parser(f"resnet18_mnist.py {command}", description=COMMANDS[command].__doc__)
     parser.epilog = "Other commands: " + ", ".join(name for name in COMMANDS if name != command)
-    operands = {"evaluate": "[CHECKPOINT] ", "predict": "IMAGE... "}.get(command, "")
+    operands = {"evaluate": "[RUN ...] ", "predict": "[IMAGE ...] "}.get(command, "")
     parser.usage = f"%(prog)s {operands}[flags]"
     add = parser.add_argument
     flags = {"train": [f.name for f in fields(Recipe)], "describe": ["model", "input", "stem"]}
     for setting in fields(Recipe):
         if setting.name not in flags.get(command, ()):
             continue
-        default, choices = setting.default, setting.metadata["choices"]
-        kind = {"type": int if default is None else type(default), "choices": choices or None}
-        kind["metavar"] = None if choices else "X" if isinstance(default, float) else "N"
-        if isinstance(default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        told = "" if default is None else f" (default: {default})"
-        kind["help"] = setting.metadata["help"] + told
-        add("--" + setting.name.replace("_", "-"), default=argparse.SUPPRESS, **kind)
+        add("--" + setting.name.replace("_", "-"), **setting.metadata["flag"])
     if command == "train":
+        named = "named settings (list shows them); flags given beside it win"
+        add("--recipe", choices=(*RECIPES, "list"), help=named)
         add("--output-dir", metavar="DIR", help="folder of the run (default: a new one in runs/)")
         resume = "go on with a run (default: the newest)"
         add("--resume", nargs="?", const=True, metavar="RUN", help=resume)
         add("--quiet", action="store_true", help="print the report only")
     if command == "evaluate":
-        add("checkpoint", nargs="?", help="a file, or the folder of a run (default: the newest)")
+        add("runs", nargs="*", help="folders or checkpoints of runs (default: the newest)")
     if command == "predict":
-        add("images", nargs="+", metavar="IMAGE", help="file of an image of one digit")
+        add("images", nargs="*", metavar="IMAGE", help="file of an image of one digit")
+        add("--kaggle", metavar="FILE", help="a test.csv, to make a solution.csv of")
         add("--checkpoint", help="a file, or the folder of a run (default: the newest)")
     if command in ("train", "evaluate"):
         add("--data-dir", default="data", metavar="DIR", help="where MNIST is (default: data)")
@@ -1302,7 +1667,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not show:
             os.environ.setdefault("MPLBACKEND", "agg")  # there may be no screen
         names = {setting.name for setting in fields(Recipe)}
-        COMMANDS[command](args, {k: v for k, v in vars(args).items() if k in names})
+        given = {name: value for name, value in vars(args).items() if name in names}
+        COMMANDS[command](args, RECIPES.get(getattr(args, "recipe", None), {}) | given)
         if show:
             import matplotlib.pyplot as plt
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import functools
 import gzip
@@ -22,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,6 +45,8 @@ TIMINGS = ("seconds", "images_per_second")
 def _no_network(monkeypatch):
     for name, value in NO_NETWORK.items():
         monkeypatch.setenv(name, value)
+    yield
+    plt.close("all")
 
 
 # Tests draw the same digits again and again.
@@ -97,6 +101,18 @@ def mnist_dir(tmp_path):
     write_idx(raw / "t10k-images-idx3-ubyte", digits.test_images)
     write_idx(raw / "t10k-labels-idx1-ubyte", digits.test_labels)
     return tmp_path / "data"
+
+
+def write_kaggle(digits: rm.Digits, folder: Path, train_rows: int) -> torch.Tensor:
+    """Write digits as train.csv and test.csv of the Digit Recognizer; return the test's labels."""
+    images = torch.cat([digits.train_images, digits.test_images]).flatten(1).numpy()
+    labels = torch.cat([digits.train_labels, digits.test_labels])
+    table = np.column_stack([labels.numpy(), images])
+    pixels = ",".join(f"pixel{i}" for i in range(784))
+    plain = {"fmt": "%d", "delimiter": ",", "comments": ""}
+    np.savetxt(folder / "train.csv", table[:train_rows], header="label," + pixels, **plain)
+    np.savetxt(folder / "test.csv", table[train_rows:, 1:], header=pixels, **plain)
+    return labels[train_rows:]
 
 
 TRAIN = ("--dataset", "synthetic", "--limit", "320", "--val-size", "100", "--batch-size", "64")
@@ -274,7 +290,7 @@ def test_impossible_split_is_refused(val_size):
 def test_batches_are_what_torchvisions_transforms_give():
     digits = rm.draw_synthetic_digits(0, 10, 10)
     v1 = torchvision.transforms
-    normalise = v1.Normalize((rm.MNIST_MEAN,), (rm.MNIST_STD,))
+    normalise = v1.Normalize((0.1307,), (0.3081,))
     gray = v1.Compose([v1.ToTensor(), normalise])
     rgb = v1.Compose([v1.Resize((32, 32)), v1.Grayscale(3), v1.ToTensor(), normalise])
     for name, transform in (("gray28", gray), ("rgb32", rgb)):
@@ -282,15 +298,24 @@ def test_batches_are_what_torchvisions_transforms_give():
         pictures = [Image.fromarray(image.numpy()) for image in digits.train_images]
         expected = torch.stack([transform(picture) for picture in pictures])
         assert images.shape == expected.shape
-        assert (images - expected).abs().max() < 1.01 / 255 / rm.MNIST_STD  # one step of gray
+        assert (images - expected).abs().max() < 1.01 / 255 / 0.3081  # one step of gray
         assert torch.equal(labels, digits.train_labels)
 
 
-def test_normalised_images_have_the_mean_and_deviation_that_they_should():
+@pytest.mark.parametrize(
+    ("normalize", "mean", "std"), [("mnist", 0.1307, 0.3081), ("kaggle", 0.131, 0.3085)]
+)
+def test_normalised_images_have_the_mean_and_deviation_that_they_should(normalize, mean, std):
     pixels = torch.tensor([0, 255]).repeat(392).view(1, 28, 28).byte()  # mean ½, deviation ½
-    images, _ = next(iter(rm.Batches(pixels, torch.zeros(1).long())))
-    assert images.mean().item() == pytest.approx((0.5 - 0.1307) / 0.3081, abs=1e-4)
-    assert images.std(correction=0).item() == pytest.approx(0.5 / 0.3081, abs=1e-4)
+    images, _ = next(iter(rm.Batches(pixels, torch.zeros(1).long(), normalize=normalize)))
+    assert images.mean().item() == pytest.approx((0.5 - mean) / std, abs=1e-4)
+    assert images.std(correction=0).item() == pytest.approx(0.5 / std, abs=1e-4)
+
+
+def test_images_may_be_only_scaled():
+    pixels = torch.tensor([0, 255]).repeat(392).view(1, 28, 28).byte()
+    images, _ = next(iter(rm.Batches(pixels, torch.zeros(1).long(), normalize="none")))
+    assert sorted(images.unique().tolist()) == [0, 1]
 
 
 def test_same_seed_same_batches_and_each_epoch_another_order():
@@ -347,8 +372,10 @@ def test_augmentation_turns_by_degrees_and_shifts_by_tenths():
     bar[..., 8:32, 18:22] = 1
     ours = rm.rotate_and_shift(bar, torch.tensor([[1.0, 0.0, 0.0]]))
     bilinear = torchvision.transforms.InterpolationMode.BILINEAR
-    theirs = torchvision.transforms.functional.rotate(bar, 10, bilinear)
-    assert torch.allclose(ours, theirs, atol=1e-4)
+    rotate = torchvision.transforms.functional.rotate
+    assert torch.allclose(ours, rotate(bar, 10, bilinear), atol=1e-4)
+    more = rm.rotate_and_shift(bar, torch.tensor([[0.5, 1.0, 1.0]]), degrees=40, shift=0)
+    assert torch.allclose(more, rotate(bar, 20, bilinear), atol=1e-4)
 
 
 def test_synthetic_digits_come_from_the_seed():
@@ -446,7 +473,7 @@ def test_pick_device():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"model": "vgg"},
+        {"optimizer": "lion"},
         {"lr": -1.0},
         {"lr": math.nan},
         {"batch_size": 1},
@@ -471,15 +498,16 @@ class LinearModel(nn.Sequential):
         super().__init__(nn.Flatten(), nn.Linear(784, 10))
 
 
-def digits_loader(n=128, batch_size=32, **options):
+def digits_loader(n=128, batch_size=32, augment=False, **options):
     digits = rm.draw_synthetic_digits(0, n, 10)
+    options |= {"rotate": 10, "shift": 0.1} if augment else {}
     return rm.Batches(digits.train_images, digits.train_labels, batch_size, **options)
 
 
 @pytest.mark.parametrize(("name", "n"), [("gray28", 64), ("rgb32", 32)])
 def test_overfits_few_images(name, n):
     torch.manual_seed(0)
-    model, loader = rm.Recipe(input=name).build_model(), digits_loader(n, 16, input=name)
+    model, loader = rm.build_model(rm.Recipe(input=name)), digits_loader(n, 16, input=name)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
     for _ in range(40):
         rm.train_one_epoch(model, loader, optimizer)
@@ -583,6 +611,97 @@ def test_plateau_lowers_the_rate_and_patience_ends_the_run(monkeypatch):
     assert history["learning_rate"] == pytest.approx([0.01, 0.01, 0.01, 0.01, 0.001, 0.001])
 
 
+def rates(epochs=4, **options):
+    """The learning rate at each of three updates of each epoch."""
+    recipe = rm.Recipe(lr=1.0, epochs=epochs, **options)
+    optimizer = rm.make_optimizer(LinearModel(), recipe)
+    scheduler = rm.make_scheduler(optimizer, recipe, updates=3)
+    seen = []
+    for _ in range(epochs):
+        for _ in range(3):
+            seen.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            if recipe.scheduler in rm.PER_UPDATE:
+                scheduler.step()
+        if recipe.scheduler == "step":
+            scheduler.step()
+    return seen
+
+
+def test_schedules():
+    assert rates(scheduler="none") == [1.0] * 12
+    assert rates(scheduler="step", lr_step=2, lr_factor=0.1) == pytest.approx([1.0] * 6 + [0.1] * 6)
+    cosine = [(1 + math.cos(math.pi * update / 12)) / 2 for update in range(12)]
+    assert rates(scheduler="cosine") == pytest.approx(cosine)
+    cycle = rates(scheduler="onecycle")
+    assert max(cycle) == pytest.approx(1, abs=0.02)
+    assert cycle[0] == pytest.approx(1 / 25)
+    assert cycle[-1] < 0.001
+
+
+@pytest.mark.parametrize("scheduler", rm.SCHEDULERS)
+@pytest.mark.parametrize("optimizer", rm.OPTIMIZERS)
+def test_every_optimizer_learns_under_every_schedule(scheduler, optimizer):
+    how = {"scheduler": scheduler, "optimizer": optimizer, "lr": 0.003}
+    loader = digits_loader(64, 16)
+    history = rm.train_model(LinearModel(), loader, device="cpu", num_epochs=3, **how)
+    assert history["train_loss"][2] < 0.9 * history["train_loss"][0]
+
+
+def test_optimizers_are_those_of_torch_with_the_recipes_values():
+    adam = rm.make_optimizer(LinearModel(), rm.Recipe(**rm.RECIPES["adam"]))
+    assert type(adam) is torch.optim.Adam
+    assert (adam.defaults["lr"], adam.defaults["weight_decay"]) == (0.001, 0)
+    sgd = rm.make_optimizer(LinearModel(), rm.Recipe(momentum=0.8))
+    assert type(sgd) is torch.optim.SGD
+    assert (sgd.defaults["momentum"], sgd.defaults["weight_decay"]) == (0.8, 5e-4)
+
+
+def test_label_smoothing_is_in_the_training_loss():
+    losses = []
+    for smoothing in (0.0, 0.2):
+        model, loader = LinearModel(), digits_loader(32)
+        images, labels = next(iter(loader))
+        expected = F.cross_entropy(model(images), labels, label_smoothing=smoothing).item()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        done = rm.train_one_epoch(model, loader, optimizer, label_smoothing=smoothing)
+        assert done["loss"] == pytest.approx(expected)
+        losses.append(done["loss"])
+    assert losses[0] != losses[1]
+
+
+def test_history_holds_what_other_scripts_log(tmp_path):
+    recipe = rm.Recipe(**rm.RECIPES["adam"], epochs=2)
+    loader = digits_loader(204, 2)
+    trainer = rm.ResNetTrainer(LinearModel(), "cpu", recipe, tmp_path, quiet=True)
+    history = trainer.train(loader, loader)
+    with open(tmp_path / "history.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows[0]["batch_losses"].split()) == 3  # of batches 1, 51 and 101 of 102
+    assert float(rows[1]["batch_losses"].split()[0]) < float(rows[0]["batch_losses"].split()[0])
+    after = rm.compute_accuracy(trainer.model, loader)
+    assert after == max(history["train_accuracy_after"])
+    assert float(rows[1]["train_accuracy_after"]) == history["train_accuracy_after"][1]
+
+
+def test_recipes_are_recipes_and_listed(capsys):
+    for settings in rm.RECIPES.values():
+        assert rm.Recipe(**settings)
+    assert rm.main(["--recipe", "list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(re.search(rf"^{name} ", printed, re.MULTILINE) for name in rm.RECIPES)
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_flags_win_over_the_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--recipe", "adam", "--lr", "0.02", "--optimizer", "rmsprop", "--model", "lenet5"]
+    assert rm.main([*TRAIN, *flags, "--epochs", "1", "--output-dir", "x", "--quiet"]) == 0
+    recipe = rm.load_checkpoint(tmp_path / "x" / "last.pt")["recipe"]
+    kept = ("optimizer", "lr", "weight_decay", "normalize", "augment", "scheduler")
+    assert [recipe[name] for name in kept] == ["rmsprop", 0.02, 0.0, "none", False, "none"]
+
+
 def without_timings(rows):
     return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
 
@@ -672,6 +791,205 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path, trained):
     assert not (tmp_path / "ran").exists()
     with pytest.raises(rm.UserError, match=r"no\.pt"):
         rm.load_checkpoint(tmp_path / "no.pt")
+
+
+# Other networks, weights to start from
+
+
+@pytest.mark.parametrize(("name", "count"), [("lenet5", 61_706), ("simple_cnn", 60_874)])
+@pytest.mark.parametrize("input", rm.INPUTS)
+def test_small_networks(name, count, input):
+    model = rm.build_model(rm.Recipe(model=name, input=input))
+    channels, size = rm.INPUTS[input]
+    assert model(torch.zeros(2, channels, size, size)).shape == (2, 10)
+    if channels == 1:
+        assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "input"),
+    [
+        ("mobilenet_v3_small", "gray28"),
+        ("vgg11", "rgb32"),
+        ("googlenet", "rgb32"),
+        ("vit_b_16", "rgb224"),
+    ],
+)
+def test_networks_of_torchvision_are_adapted(name, input):
+    channels, size = rm.INPUTS[input]
+    model = rm.build_model(rm.Recipe(model=name, input=input))
+    assert model.train()(torch.zeros(2, channels, size, size)).shape == (2, 10)
+    rows = rm.list_layers(model, torch.zeros(1, channels, size, size))
+    assert sum(row.parameters for row in rows) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"model": "vgg17"}, "vgg17"),
+        ({"model": "alexnet"}, "cannot take 28×28"),
+        ({"model": "vit_b_16", "input": "rgb32"}, "cannot take 32×32"),
+        ({"model": "lenet5", "stem": "cifar"}, "--stem"),
+        ({"model": "fcn_resnet50"}, "there is no model"),
+    ],
+)
+def test_impossible_networks_are_refused(options, said):
+    with pytest.raises(rm.UserError, match=said):
+        rm.build_model(rm.Recipe(**options))
+
+
+def test_weights_of_imagenet_are_adapted_to_gray_images_and_ten_classes(tmp_path):
+    theirs = torchvision.models.resnet18()
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    gray = rm.resnet18()
+    fresh = gray.fc.weight.clone()
+    said = rm.load_weights(gray, "resnet18", str(tmp_path / "theirs.pth"))
+    assert "119 tensors loaded" in said
+    assert "adapted: conv1.weight (3 to 1 channels)" in said
+    assert "left fresh: fc.weight, fc.bias" in said
+    image = torch.randn(1, 1, 28, 28)
+    theirs.eval()
+    answers = gray.conv1(image), theirs.conv1(image.expand(-1, 3, -1, -1))
+    assert torch.allclose(*answers, atol=1e-5)  # a gray image gets the answer that it had as RGB
+    assert torch.equal(gray.layer4[1].conv2.weight, theirs.layer4[1].conv2.weight)
+    assert torch.equal(gray.fc.weight, fresh)
+    rgb = rm.resnet18(input_channels=3)
+    torch.save({"state_dict": gray.state_dict()}, tmp_path / "gray.pth")
+    assert "conv1.weight (1 to 3 channels)" in rm.load_weights(
+        rgb, "resnet18", str(tmp_path / "gray.pth")
+    )
+    assert torch.allclose(rgb.conv1(image.expand(-1, 3, -1, -1)), gray.conv1(image), atol=1e-5)
+
+
+def test_weights_that_cannot_be_had(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(rm.UserError, match=r"resnet18.*cannot be downloaded.*--weights resnet18"):
+        rm.load_weights(rm.resnet18(), "resnet18", "imagenet")
+    with pytest.raises(rm.UserError, match="no ImageNet weights for lenet5"):
+        rm.load_weights(rm.lenet5(), "lenet5", "imagenet")
+    torch.save(rm.lenet5().state_dict(), tmp_path / "lenet5.pth")
+    with pytest.raises(rm.UserError, match="no weights of resnet18"):
+        rm.load_weights(rm.resnet18(), "resnet18", str(tmp_path / "lenet5.pth"))
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(rm.UserError, match=r"text\.pth"):
+        rm.load_weights(rm.resnet18(), "resnet18", str(tmp_path / "text.pth"))
+
+
+def test_frozen_parts_stay_as_they_are(tmp_path, trained, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    start = next((trained[0] / "runs").iterdir()) / "best.pt"
+    flags = ["--weights", str(start), "--freeze", "conv1", "bn1", "layer1"]
+    assert rm.main([*TRAIN, *flags, "--epochs", "1", "--output-dir", "x"]) == 0
+    assert "122 tensors loaded" in capsys.readouterr().out
+    before, last = rm.load_checkpoint(start)["model"], rm.load_checkpoint(tmp_path / "x/last.pt")
+    for key, value in before.items():
+        frozen = key.startswith(("conv1", "bn1", "layer1"))
+        if frozen or not key.endswith("num_batches_tracked"):
+            assert torch.equal(value, last["model"][key]) == frozen, key
+    parameters = sum(
+        key.startswith(("layer2", "layer3", "layer4", "fc"))
+        and "running" not in key
+        and "num_batches" not in key
+        for key in before
+    )
+    assert len(last["optimizer"]["state"]) == parameters
+    assert rm.main(["--resume", "x", "--epochs", "2", "--quiet"]) == 0
+    again = rm.load_checkpoint(tmp_path / "x/last.pt")["model"]
+    assert torch.equal(again["bn1.running_mean"], before["bn1.running_mean"])
+    assert rm.main([*TRAIN, "--freeze", "layer5"]) == 2
+    assert "there is no part 'layer5' to freeze; there is conv1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["lenet5", "mobilenet_v3_small"])
+def test_all_commands_take_other_networks(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    assert rm.main([*TRAIN, "--model", name, "--epochs", "1", "--output-dir", "x"]) == 0
+    assert (tmp_path / "x" / "mistakes.png").exists()
+    assert rm.main(["evaluate", "x", "x/best.pt"]) == 0
+    table = capsys.readouterr().out.splitlines()[-2:]
+    parameters = sum(p.numel() for p in rm.build_model(rm.Recipe(model=name)).parameters())
+    assert table[0].split()[:3] == [name, "gray28", f"{parameters:,}"]
+    assert rm.main(["predict", str(draw_seven(tmp_path / "7.png")), "--checkpoint", "x"]) == 0
+    assert rm.main(["describe", "--model", name]) == 0
+    assert f"{parameters:,}" in capsys.readouterr().out
+
+
+# Kaggle's files
+
+
+def test_kaggle_files_are_read(tmp_path):
+    digits = rm.draw_synthetic_digits(1, 30, 20)
+    labels = write_kaggle(digits, tmp_path, 30)
+    images, read = rm.read_kaggle(tmp_path / "train.csv", labelled=True)
+    assert torch.equal(images, digits.train_images)
+    assert torch.equal(read, digits.train_labels)
+    images, none = rm.read_kaggle(tmp_path / "test.csv", labelled=False)
+    assert torch.equal(images, digits.test_images)
+    assert none is None
+    assert torch.equal(labels, digits.test_labels)
+    text = (tmp_path / "train.csv").read_text()
+    header, body = text.split("\n", 1)
+    quoted = ",".join(f'"{name}"' for name in header.split(","))
+    (tmp_path / "odd.csv").write_bytes(
+        ("\ufeff" + quoted + "\n" + body).replace("\n", "\r\n").encode()
+    )
+    assert torch.equal(rm.read_kaggle(tmp_path / "odd.csv", labelled=True)[0], digits.train_images)
+
+
+def row(*cells):
+    return ",".join(map(str, [*cells, *[0] * (785 - len(cells))])) + "\n"
+
+
+KAGGLE_HEADER = ",".join(["label", *(f"pixel{i}" for i in range(784))]) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "row 1"),
+        ("a,b\n1,2\n", "row 1"),
+        (KAGGLE_HEADER, "holds no digit"),
+        (KAGGLE_HEADER + row(3) + row(3, 256), "row 3, column pixel0: '256'"),
+        (KAGGLE_HEADER + row(3) + row(3, -1), "row 3, column pixel0: '-1'"),
+        (KAGGLE_HEADER + row(3, 4, "x"), "row 2, column pixel1: 'x'"),
+        (KAGGLE_HEADER + row(3, 1.5), "row 2, column pixel0: '1.5'"),
+        (KAGGLE_HEADER + row(3) + row(10), "row 3, column label: '10'"),
+        (KAGGLE_HEADER + row(3) + "1,2\n", "row 3: 2 columns, not 785"),
+        (KAGGLE_HEADER + row(3).strip() + ",\n", "row 2: 786 columns, not 785"),
+        (KAGGLE_HEADER + row(3, ""), "row 2, column pixel0: ''"),
+    ],
+)
+def test_damaged_kaggle_files_are_refused_with_row_and_column(tmp_path, text, said):
+    path = tmp_path / "train.csv"
+    path.write_text(text)
+    with pytest.raises(rm.UserError, match=re.escape(said)) as caught:
+        rm.read_kaggle(path, labelled=True)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_kaggle_from_train_csv_to_solution_csv(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    labels = write_kaggle(rm.draw_synthetic_digits(1, 600, 100), tmp_path, 600)
+    flags = ["--recipe", "kaggle", "--val-size", "60", "--model", "simple_cnn", "--epochs", "3"]
+    flags += ["--lr", "0.003", "--data-dir", ".", "--output-dir", "x"]
+    assert rm.main(flags) == 0
+    printed = capsys.readouterr().out
+    assert "validation accuracy" in printed
+    assert "test accuracy" not in printed
+    with open("x/solution.csv", newline="") as file:
+        text = file.read()
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert text.startswith("ImageId,Label\n1,")
+    assert [row["ImageId"] for row in rows] == [str(number) for number in range(1, 101)]
+    right = sum(int(row["Label"]) == label for row, label in zip(rows, labels, strict=True))
+    assert right > 50
+    Path("x/solution.csv").unlink()
+    assert rm.main(["predict", "--kaggle", "test.csv", "--checkpoint", "x"]) == 0
+    with open("x/solution.csv", newline="") as file:
+        assert file.read() == text
+    assert rm.main(["--dataset", "kaggle", "--data-dir", ".", "--select-on", "test"]) == 2
+    assert "no test labels" in capsys.readouterr().err
 
 
 # Pictures
@@ -918,7 +1236,7 @@ def test_help_shows_every_flag_with_its_default(command, capsys, monkeypatch):
     if command == "train":
         for setting in rm.fields(rm.Recipe):
             assert f"--{setting.name.replace('_', '-')}" in printed
-            default = "" if setting.default is None else setting.default
+            default = "" if setting.default in (None, ()) else setting.default
             assert f"default: {default}" in printed.replace("\n" + " " * 24, " ")
 
 
@@ -966,9 +1284,10 @@ def benchmark(rounds: int = 3) -> None:
     for name, steps in (("gray28", 24), ("rgb32", 4)):
         for augment in (False, True):
             images, labels = digits.train_images[: 128 * steps], digits.train_labels[: 128 * steps]
-            own = rm.Batches(images, labels, 128, name, shuffle=True, augment=augment).to(device)
+            how = {"rotate": 10, "shift": 0.1} if augment else {}
+            own = rm.Batches(images, labels, 128, name, shuffle=True, **how).to(device)
             fixed = [tuple(part.contiguous() for part in next(iter(own)))] * steps
-            trainer = rm.ResNetTrainer(rm.Recipe(input=name).build_model(), device)
+            trainer = rm.ResNetTrainer(rm.build_model(rm.Recipe(input=name)), device)
             optimizer = torch.optim.SGD(trainer.model.parameters(), 0.01, 0.9, weight_decay=5e-4)
 
             def loop(loader, trainer=trainer, optimizer=optimizer):
@@ -993,5 +1312,23 @@ def benchmark(rounds: int = 3) -> None:
             )
 
 
+def score_kaggle(folder: Path, solution: Path | None) -> None:
+    """Write MNIST as Kaggle's files, with 42,000 rows to train on, or score a solution of them."""
+    if solution is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_kaggle(rm.read_mnist("data"), folder, 42_000)
+        return
+    digits = rm.read_mnist("data")
+    labels = torch.cat([digits.train_labels, digits.test_labels])[42_000:].tolist()
+    with open(solution) as file:
+        right = [int(row["Label"]) for row in csv.DictReader(file)]
+    correct = sum(a == b for a, b in zip(labels, right, strict=True))
+    print(f"{correct:,} of {len(labels):,} right: {100 * correct / len(labels):.2f} %")
+
+
 if __name__ == "__main__":
-    benchmark()
+    parser = argparse.ArgumentParser(description=benchmark.__doc__)
+    parser.add_argument("--kaggle", type=Path, metavar="DIR", help=score_kaggle.__doc__)
+    parser.add_argument("--score", type=Path, metavar="FILE", help="solution.csv to score")
+    args = parser.parse_args()
+    score_kaggle(args.kaggle, args.score) if args.kaggle or args.score else benchmark()
