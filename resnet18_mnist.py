@@ -21,7 +21,9 @@ The sections, each a notebook cell, and the sections above that each one needs:
     4  Recipe        every hyperparameter and its default                    0 1 2
     5  Training      an epoch, early stopping, checkpoints, the whole run    0 1 2 3 4
     6  Pictures      curves, confusion matrix, mistakes, feature maps        0 1 5
-    7  Command line  train, evaluate, predict, describe                      all
+    7  Own digits    from image files and from Kaggle's tables               0 2 5
+    8  Own networks  to compare with, and weights to start from              0 1 2 4 5
+    9  Command line  train, evaluate, predict, describe                      all
 
 Sources
     He, Zhang, Ren, Sun 2015a  Deep Residual Learning for Image Recognition  arXiv:1512.03385
@@ -47,6 +49,7 @@ import random
 import re
 import shlex
 import shutil
+import statistics
 import sys
 import textwrap
 import time
@@ -544,7 +547,8 @@ def describe_device(device: torch.device) -> str:
     if device.type in ("cuda", "xpu"):
         return f"{device} ({getattr(torch, device.type).get_device_name(device)})"
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
-    return f"{device} ({name}, {torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"{device} ({name}, {threads} thread{'s' * (threads > 1)})"
 
 
 def pick_precision(name: str, device: torch.device) -> str:
@@ -1182,7 +1186,7 @@ def visualize_results(
         save_figure(figure, run_dir / name)
 
 
-# %% 7. Own pictures, and Kaggle's files
+# %% 7. Own digits
 #
 # Digits from elsewhere, made what MNIST's are: uint8, 28×28, light ink on dark ground.
 
@@ -1277,9 +1281,9 @@ def as_loader(trainer: ResNetTrainer, images: Tensor) -> Batches:
     return batches.to(trainer.device)
 
 
-# %% 8. Other networks, and weights to start from
+# %% 8. Own networks
 #
-# What a ResNet is to be compared with, and what its training can begin with.
+# What a ResNet is compared with, what training can start from, and what it leaves as it is.
 
 
 def lenet5(num_classes: int = 10, input_channels: int = 1) -> nn.Sequential:
@@ -1431,8 +1435,8 @@ def find_checkpoint(given: str | None, name: str) -> Path:
     return found[-1]
 
 
-def load_run(args: argparse.Namespace, run: str | None) -> tuple[ResNetTrainer, dict, Path]:
-    """Return the network of a run, ready to test, with its metrics and its file."""
+def load_run(run: str | None, device: str | None) -> tuple[ResNetTrainer, dict, Path]:
+    """Return the network of a run, ready to test, with its checkpoint and the path of that."""
     path = find_checkpoint(run, "best.pt")
     checkpoint = load_checkpoint(path)
     recipe = Recipe(**checkpoint["recipe"])
@@ -1441,7 +1445,7 @@ def load_run(args: argparse.Namespace, run: str | None) -> tuple[ResNetTrainer, 
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
         raise UserError(f"{path} holds the weights of another network") from error
-    return ResNetTrainer(model, args.device, recipe), checkpoint["metrics"], path
+    return ResNetTrainer(model, device, recipe), checkpoint, path
 
 
 def claim_run_dir(output_dir: str | None, name: str) -> Path:
@@ -1559,29 +1563,29 @@ def command_train(args: argparse.Namespace, given: dict) -> None:
 
 def command_evaluate(args: argparse.Namespace, given: dict) -> None:
     """Report how the best networks of runs do on the test set; of several also a table."""
-    table = (
-        f"{'model':22}{'input':8}{'parameters':>12}{'MFLOPs':>9}{'s/epoch':>9}{'test %':>8}  run"
-    )
+    table = [("model", "input", "parameters", "MFLOPs", "s/epoch", "accuracy", "run")]
     for run in args.runs or [None]:
-        trainer, metrics, path = load_run(args, run)
-        model, recipe = trainer.model, trainer.recipe
+        trainer, checkpoint, path = load_run(run, args.device)
+        recipe, rows = trainer.recipe, checkpoint["rows"]
         test = load_data(recipe, args.data_dir).test.to(trainer.device)
         print(f"{path} on {describe_device(trainer.device)}, {trainer.precision}\n")
         results = trainer.test(test)
-        print(make_report(recipe, metrics, results))
-        layers = list_layers(model, next(iter(test))[0][:1])
-        table += f"\n{recipe.model:22}{recipe.input:8}{sum(x.parameters for x in layers):12,}"
-        table += f"{sum(x.flops for x in layers) / 1e6:9,.1f}{metrics.get('seconds', 0):9.1f}"
-        table += f"{results['accuracy']:8.2f}  {path}"
+        print(make_report(recipe, checkpoint["metrics"], results))
+        layers = list_layers(trainer.model, next(iter(test))[0][:1])
+        seconds = statistics.median(row["seconds"] for row in rows) if rows else math.nan
+        parameters, flops = (sum(layer[i] for layer in layers) for i in (2, 3))
+        counts = f"{parameters:,}", f"{flops / 1e6:,.1f}", f"{seconds:.1f}"
+        table += [(recipe.model, recipe.input, *counts, f"{results['accuracy']:.2f} %", path)]
     if len(args.runs) > 1:
-        print(table)
+        for line in table:
+            print("{:20} {:7}{:>12}{:>9}{:>9}{:>10}  {}".format(*map(str, line)))
 
 
 def command_predict(args: argparse.Namespace, given: dict) -> None:
     """Read digits from image files, or from Kaggle's test.csv: label and probability of each."""
     if bool(args.images) == bool(args.kaggle):
         raise UserError("predict takes image files, or --kaggle and a test.csv")
-    trainer, _, path = load_run(args, args.checkpoint)
+    trainer, _, path = load_run(args.checkpoint, args.device)
     if args.kaggle:
         return write_solution(trainer, args.kaggle, path.with_name("solution.csv"))
     digits = torch.stack([read_image(name) for name in args.images])
@@ -1678,6 +1682,9 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("error: out of memory; a smaller --batch-size needs less", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
