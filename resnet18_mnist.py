@@ -647,18 +647,44 @@ class Recipe:
                 raise UserError(f"{setting.name} is {value}, not from {low} to below {high}")
 
 
-# What people train ResNets on MNIST with, as differences from the defaults (README, Recipes).
-CONSTANT = {"scheduler": "none", "patience": 99}
+# What well-known scripts train with (README, Recipes). Unnamed settings have their defaults.
 RECIPES = {
-    "plateau": {},
-    "rgb32": {"input": "rgb32", "augment": False, **CONSTANT},
-    "adam": {"optimizer": "adam", "lr": 0.001, "weight_decay": 0.0, "normalize": "none"}
-    | {"augment": False, "test_train": True, **CONSTANT},
-    "kaggle": {"dataset": "kaggle", "normalize": "kaggle", "val_size": 4200, "shift": 0.0}
-    | {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.0, "batch_size": 32, "epochs": 15}
-    | {"scheduler": "step", "lr_step": 5, "lr_factor": 0.05, "patience": 10},
-    "augmented": {"optimizer": "adam", "lr": 0.001, "weight_decay": 1e-4, "patience": 99}
-    | {"scheduler": "step", "lr_step": 7, "lr_factor": 0.1},
+    "plateau": Recipe(),
+    "rgb32": Recipe(input="rgb32", augment=False, scheduler="none", patience=99),
+    "adam": Recipe(
+        normalize="none",
+        augment=False,
+        optimizer="adam",
+        lr=0.001,
+        weight_decay=0.0,
+        scheduler="none",
+        patience=99,
+        test_train=True,
+    ),
+    "kaggle": Recipe(
+        dataset="kaggle",
+        normalize="kaggle",
+        val_size=4200,
+        shift=0.0,
+        epochs=15,
+        batch_size=32,
+        optimizer="adam",
+        lr=0.01,
+        weight_decay=0.0,
+        scheduler="step",
+        lr_factor=0.05,
+        lr_step=5,
+        patience=10,
+    ),
+    "augmented": Recipe(
+        optimizer="adam",
+        lr=0.001,
+        weight_decay=1e-4,
+        scheduler="step",
+        lr_factor=0.1,
+        lr_step=7,
+        patience=99,
+    ),
 }
 
 
@@ -705,7 +731,6 @@ def train_one_epoch(
     optimizer.zero_grad()
     sizes, losses, correct = [], [], []  # left on the device: no step waits for the one before
     started = shown = time.perf_counter()
-    on_terminal = title and sys.stdout.isatty()
     for step, (images, labels) in enumerate(loader):
         images = images.to(device, non_blocking=True)  # (N, C, H, W)
         labels = labels.to(device, non_blocking=True)  # (N,)
@@ -725,14 +750,14 @@ def train_one_epoch(
         losses.append(loss.detach())
         correct.append((logits.argmax(dim=1) == labels).sum())
 
-        done, now = step + 1, time.perf_counter()
-        if done % 100 == 0 or (on_terminal and now - shown > 0.2):
-            shown, passed, so_far = now, now - started, mean_loss(losses, sizes)
-            line = f"{title}  batch {done}/{len(loader)}  loss {so_far:.4f}  "
-            line += f"{sum(sizes) / passed:,.0f} images/s  "
-            line += f"{passed / done * (len(loader) - done):.0f} s left"
+        now = time.perf_counter()
+        if (step + 1) % 100 == 0 or (title and sys.stdout.isatty() and now - shown > 0.2):
+            shown, loss_so_far = now, mean_loss(losses, sizes)
             if title:
-                show_progress(line)
+                done = f"{title}  batch {step + 1}/{len(loader)}  loss {loss_so_far:.4f}"
+                left = (now - started) * (len(loader) / (step + 1) - 1)
+                speed = sum(sizes) / (now - started)
+                show_progress(f"{done}  {speed:,.0f} images/s  {left:.0f} s left")
     return {
         "loss": mean_loss(losses, sizes),
         "accuracy": 100 * torch.stack(correct).sum().item() / sum(sizes),
@@ -1491,8 +1516,9 @@ def make_report(recipe: Recipe, metrics: dict, results: dict) -> str:
 
 def list_recipes() -> None:
     """Print each recipe with what it changes."""
-    for name, settings in RECIPES.items():
-        text = ", ".join(f"{key} {value}" for key, value in settings.items()) or "the defaults"
+    for name, recipe in RECIPES.items():
+        changes = asdict(recipe).items() - asdict(Recipe()).items()
+        text = ", ".join(f"{key} {value}" for key, value in sorted(changes)) or "the defaults"
         indents = {"initial_indent": f"{name:11}", "subsequent_indent": " " * 11}
         print(textwrap.fill(text, 79, **indents))
 
@@ -1500,7 +1526,7 @@ def list_recipes() -> None:
 def start_or_resume(args: argparse.Namespace, given: dict) -> tuple[Recipe, dict | None, Path]:
     """Return the recipe, and for a resumed run its last checkpoint and its folder."""
     if not args.resume:
-        return Recipe(**given), None, None
+        return replace(RECIPES[args.recipe], **given), None, None
     path = find_checkpoint(None if args.resume is True else args.resume, "last.pt")
     checkpoint = load_checkpoint(path)
     if "optimizer" not in checkpoint:
@@ -1639,7 +1665,7 @@ def make_parser(command: str) -> argparse.ArgumentParser:
         add("--" + setting.name.replace("_", "-"), **setting.metadata["flag"])
     if command == "train":
         named = "named settings (list shows them); flags given beside it win"
-        add("--recipe", choices=(*RECIPES, "list"), help=named)
+        add("--recipe", default="plateau", choices=(*RECIPES, "list"), help=named)
         add("--output-dir", metavar="DIR", help="folder of the run (default: a new one in runs/)")
         resume = "go on with a run (default: the newest)"
         add("--resume", nargs="?", const=True, metavar="RUN", help=resume)
@@ -1672,7 +1698,7 @@ def main(arguments: list[str] | None = None) -> int:
             os.environ.setdefault("MPLBACKEND", "agg")  # there may be no screen
         names = {setting.name for setting in fields(Recipe)}
         given = {name: value for name, value in vars(args).items() if name in names}
-        COMMANDS[command](args, RECIPES.get(getattr(args, "recipe", None), {}) | given)
+        COMMANDS[command](args, given)
         if show:
             import matplotlib.pyplot as plt
 

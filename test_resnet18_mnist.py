@@ -649,7 +649,7 @@ def test_every_optimizer_learns_under_every_schedule(scheduler, optimizer):
 
 
 def test_optimizers_are_those_of_torch_with_the_recipes_values():
-    adam = rm.make_optimizer(LinearModel(), rm.Recipe(**rm.RECIPES["adam"]))
+    adam = rm.make_optimizer(LinearModel(), rm.RECIPES["adam"])
     assert type(adam) is torch.optim.Adam
     assert (adam.defaults["lr"], adam.defaults["weight_decay"]) == (0.001, 0)
     sgd = rm.make_optimizer(LinearModel(), rm.Recipe(momentum=0.8))
@@ -671,7 +671,7 @@ def test_label_smoothing_is_in_the_training_loss():
 
 
 def test_history_holds_what_other_scripts_log(tmp_path):
-    recipe = rm.Recipe(**rm.RECIPES["adam"], epochs=2)
+    recipe = rm.replace(rm.RECIPES["adam"], epochs=2)
     loader = digits_loader(204, 2)
     trainer = rm.ResNetTrainer(LinearModel(), "cpu", recipe, tmp_path, quiet=True)
     history = trainer.train(loader, loader)
@@ -684,9 +684,7 @@ def test_history_holds_what_other_scripts_log(tmp_path):
     assert float(rows[1]["train_accuracy_after"]) == history["train_accuracy_after"][1]
 
 
-def test_recipes_are_recipes_and_listed(capsys):
-    for settings in rm.RECIPES.values():
-        assert rm.Recipe(**settings)
+def test_recipes_are_listed(capsys):
     assert rm.main(["--recipe", "list"]) == 0
     printed = capsys.readouterr().out
     assert all(re.search(rf"^{name} ", printed, re.MULTILINE) for name in rm.RECIPES)
