@@ -1116,13 +1116,15 @@ def plot_curves(history: dict[str, list], title: str = ""):
         for epoch, before, after in zip(epochs[1:], rates, rates[1:], strict=False):
             if after < before:
                 axis.axvline(epoch - 0.5, color="gray", linestyle=":")
-                where = {"transform": axis.get_xaxis_transform(), "rotation": 90}
-                axis.text(epoch - 0.5, 0.5, f"lr {after:.1g}", **where, ha="right", va="center")
+                above = {"transform": axis.get_xaxis_transform(), "rotation": 90, "ha": "center"}
+                axis.text(epoch - 0.5, 1.02, f"lr {after:.2g}", **above, fontsize=8)
         axis.set(xlabel="epoch", ylabel=f"{name} ({unit})")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
-    axes[0, 0].set_yscale("log")
+    axes[0, 0].set_yscale("log", subs=[])
+    axes[0, 0].yaxis.get_major_locator().set_params(subs=(1, 1.5, 2, 3, 5, 7))
+    axes[0, 0].yaxis.set_major_formatter("{x:g}")
     return figure
 
 
