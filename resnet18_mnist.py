@@ -18,12 +18,14 @@ The sections, each a notebook cell, and the sections above that each one needs:
     1  Network       the residual block, and five depths built from it       0
     2  Data          70,000 digits as tensors; a batch is an index           0
     3  Device        where to compute, and in which number format            0
-    4  Recipe        every hyperparameter and its default                    0 1 2
-    5  Training      an epoch, early stopping, checkpoints, the whole run    0 1 2 3 4
-    6  Pictures      curves, confusion matrix, mistakes, feature maps        0 1 5
-    7  Own digits    from image files and from Kaggle's tables               0 2 5
-    8  Own networks  to compare with, and weights to start from              0 1 2 4 5
-    9  Command line  train, evaluate, predict, describe                      all
+    4  Recipe        every hyperparameter and its default                    0 to 2
+    5  Training      an epoch, early stopping, checkpoints, the whole run    0 to 4
+    6  Pictures      curves, confusion matrix, mistakes, feature maps        0 to 5
+    7  Own digits    from image files and from Kaggle's tables               0 to 5
+    8  Own networks  to compare with, and weights to start from              0 to 5
+    9  Command line  train, evaluate, predict, describe                      0 to 8
+
+Who stops after section 5 has read the whole idea.
 
 Sources
     He, Zhang, Ren, Sun 2015a  Deep Residual Learning for Image Recognition  arXiv:1512.03385
@@ -31,6 +33,7 @@ Sources
     Ioffe, Szegedy 2015        Batch Normalization                           arXiv:1502.03167
     Goyal et al. 2017          Accurate, Large Minibatch SGD                 arXiv:1706.02677
     LeCun, Cortes, Burges      The MNIST Database      http://yann.lecun.com/exdb/mnist/
+    LeCun et al. 1998          Gradient-Based Learning Applied to Document Recognition
 """
 
 # %% 0. Imports
@@ -82,7 +85,7 @@ class UserError(Exception):
 # Where the identity is nearly right, small weights suffice, so a deeper network need not train
 # worse than a shallower one, as plain networks do (fig. 1).
 #
-# The layers carry torchvision's names and order: a state dict fits both, and so do its logits.
+# Layers have torchvision's names and order, so that weights go from one to the other as they are.
 
 
 def conv3x3(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
@@ -99,11 +102,11 @@ def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions and a shortcut around them (He 2015a, fig. 5 left).
 
-    (N, inplanes, H, W) → (N, planes, ⌈H/stride⌉, ⌈W/stride⌉). Where the two shapes differ,
-    ``downsample`` takes the shortcut from one to the other (eq. 2).
+    (N, inplanes, H, W) → (N, planes, ⌈H/stride⌉, ⌈W/stride⌉): "planes" are channels. Where the
+    two shapes differ, the module ``downsample`` takes the shortcut from one to the other (eq. 2).
     """
 
-    expansion = 1  # channels out of the block / planes
+    expansion = 1  # channels that leave the block / planes
 
     def __init__(self, inplanes: int, planes: int, stride: int = 1, downsample=None):
         super().__init__()
@@ -115,7 +118,7 @@ class BasicBlock(nn.Module):
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return relu(F(x) + shortcut(x)); through the shortcut the gradient passes unchanged."""
+        """Return relu(F(x) + shortcut(x)); an identity shortcut hands the gradient on as it is."""
         residual = self.relu(self.bn1(self.conv1(x)))
         residual = self.bn2(self.conv2(residual))
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -262,8 +265,8 @@ def list_layers(model: nn.Module, image: Tensor) -> list[Layer]:
             return
         live = 1.0
         if isinstance(layer, nn.Conv2d):
-            # A tap is dead that lies on the padding wherever the kernel stops. On a 1×1 map eight
-            # of a 3×3's nine taps do: why small images want the small stem.
+            # Of the nine weights of a 3×3 kernel on a 1×1 map, eight lie on the padding: they
+            # are dead. On any map, those are that do so at every stop of the kernel.
             window = layer.kernel_size, layer.dilation, layer.padding, layer.stride
             live = F.unfold(torch.ones_like(x[:, :1]), *window).amax(dim=2).mean().item()
         flops = counter.get_flop_counts().get(f"{type(model).__name__}.{name}", {})
@@ -302,9 +305,9 @@ def visualize_model_architecture(model: nn.Module, image_size: int | None = None
 
 # %% 2. Data
 #
-# MNIST is 55 MB of bytes: it lives as one uint8 tensor on the device that trains. A batch is an
-# index into it, made float, augmented and normalised as a whole. With no Python per image and no
-# worker process, the network never waits.
+# MNIST is 55 MB of bytes: it lives as uint8 tensors on the device that trains. A batch is an index
+# into them, made float, augmented and normalised as a whole. With no Python per image and no
+# worker process, making a batch takes little beside training on it.
 
 INPUTS = {"gray28": (1, 28), "rgb32": (3, 32), "rgb224": (3, 224)}  # channels, pixels a side
 # Mean and deviation of pixels scaled to 0–1: of MNIST's 60,000 training images, and of the 42,000
@@ -398,7 +401,7 @@ def split_by_class(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Te
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     by_class = order[labels[order].argsort(stable=True)]
     held_out = torch.zeros(len(labels), dtype=torch.bool)
-    # Evenly spaced picks from a list that is sorted by class take from each class its share.
+    # In a list sorted by class, every twelfth image, say, makes a twelfth of each class.
     held_out[by_class[torch.arange(val_size) * len(labels) // max(val_size, 1)]] = True
     return order[~held_out[order]], order[held_out[order]]
 
@@ -413,7 +416,8 @@ def rotate_and_shift(
     """
     angle = draws[:, 0] * math.radians(degrees)
     cos, sin = angle.cos(), angle.sin()
-    # theta takes an output pixel to the input pixel that it copies, in sides from -1 to 1.
+    # theta = [cos -sin dx; sin cos dy] takes the place of an output pixel to that of the input
+    # pixel that it copies, where the image goes from -1 to 1.
     dx, dy = 2 * shift * draws[:, 1:].T
     theta = torch.stack([cos, -sin, dx, sin, cos, dy], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
@@ -502,12 +506,13 @@ class MNISTDataLoader:
     ):
         digits = load_digits(dataset, data_dir, seed) if isinstance(dataset, str) else dataset
         self.name, images, labels, *test = digits
-        val_size = len(labels) // 12 if val_size is None else val_size
-        if select_on == "test":
-            if test[1] is None:
-                raise UserError(f"{self.name} has no test labels to select on")
-            val_size = 0
-        elif not 0 < val_size <= len(labels) - 2:
+        if select_on == "test" and test[1] is None:
+            raise UserError(f"{self.name} has no test labels to select on")
+        if select_on == "test" and val_size is not None:
+            raise UserError("--select-on test holds no images out: leave out --val-size")
+        if val_size is None:
+            val_size = 0 if select_on == "test" else len(labels) // 12
+        if not (select_on == "test" or 0 < val_size <= len(labels) - 2):
             raise UserError(f"--val-size {val_size} does not fit {len(labels)} training images")
         train, val = split_by_class(labels, val_size, seed)
         train, common = train[:limit], (batch_size, input, normalize, seed)
@@ -546,6 +551,8 @@ def describe_device(device: torch.device) -> str:
     """Return the device with the name that its maker gave it."""
     if device.type in ("cuda", "xpu"):
         return f"{device} ({getattr(torch, device.type).get_device_name(device)})"
+    if device.type == "mps":
+        return f"{device} ({platform.machine()})"
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
     threads = torch.get_num_threads()
     return f"{device} ({name}, {threads} thread{'s' * (threads > 1)})"
@@ -612,7 +619,7 @@ class Recipe:
         (), "what stays as it is: conv1 bn1 layer1 ...", type=str, nargs="+", metavar="PART"
     )
     dataset: str = option("auto", "auto: mnist, or synthetic if missing", DATASETS)
-    normalize: str = option("mnist", "whose mean and deviation pixels get", tuple(STATISTICS))
+    normalize: str = option("mnist", "statistics that pixels are normalised by", tuple(STATISTICS))
     val_size: int | None = option(
         None, "images held out to select on (default: a twelfth)", low=1, type=int
     )
@@ -621,22 +628,24 @@ class Recipe:
     augment: bool = option(True, "turn and shift the training images at random")
     rotate: float = option(10.0, "degrees to turn them by, at most", low=0, high=181)
     shift: float = option(0.1, "part of the side to shift them by, at most", low=0, high=1)
-    epochs: int = option(10, "passes over the training images, at most", low=1)
+    epochs: int = option(10, "passes over the training images (early stopping may end it)", low=1)
     batch_size: int = option(128, "images a batch", low=2)
     accumulate: int = option(1, "batches whose gradients make one update", low=1)
     label_smoothing: float = option(0.0, "probability given to all digits alike", low=0, high=1)
     optimizer: str = option("sgd", "what makes an update of a gradient", tuple(OPTIMIZERS))
     lr: float = option(0.01, "learning rate; the highest, for onecycle", low=0)
     momentum: float = option(0.9, "momentum of sgd", low=0, high=1)
-    weight_decay: float = option(5e-4, "L2 penalty on all parameters", low=0)
+    weight_decay: float = option(5e-4, "weight decay, of all parameters", low=0)
     scheduler: str = option("plateau", "what changes the learning rate", SCHEDULERS)
     lr_factor: float = option(0.3, "factor to it at a plateau or a step", low=0, high=1)
-    lr_patience: int = option(0, "plateau: epochs without a lower loss that are none yet", low=0)
+    lr_patience: int = option(0, "plateau: bad epochs before the rate falls", low=0)
     lr_step: int = option(5, "step: epochs from one to the next", low=1)
-    patience: int = option(5, "epochs without a lower loss before stopping", low=1)
-    test_train: bool = option(False, "test on the training images too after each epoch")
+    patience: int = option(5, "bad epochs, without a lower loss, that end the run", low=1)
+    test_train: bool = option(False, "after each epoch, test on the training images too")
     seed: int = option(0, "fixes split, initial weights, order and augmentation", low=0)
-    precision: str = option("auto", "auto: bf16 where it is fast", ("auto", "fp32", "bf16"))
+    precision: str = option(
+        "auto", "auto: bf16 where it is known to be fast", ("auto", "fp32", "bf16")
+    )
 
     def __post_init__(self):
         for setting in fields(self):
@@ -647,45 +656,21 @@ class Recipe:
                 raise UserError(f"{setting.name} is {value}, not from {low} to below {high}")
 
 
-# What well-known scripts train with (README, Recipes). Unnamed settings have their defaults.
+# Ways in which ResNets are trained on MNIST (README, Recipes); what is not named has its default.
+# A patience of 99 never ends a run.
+# fmt: off
 RECIPES = {
-    "plateau": Recipe(),
-    "rgb32": Recipe(input="rgb32", augment=False, scheduler="none", patience=99),
-    "adam": Recipe(
-        normalize="none",
-        augment=False,
-        optimizer="adam",
-        lr=0.001,
-        weight_decay=0.0,
-        scheduler="none",
-        patience=99,
-        test_train=True,
-    ),
-    "kaggle": Recipe(
-        dataset="kaggle",
-        normalize="kaggle",
-        val_size=4200,
-        shift=0.0,
-        epochs=15,
-        batch_size=32,
-        optimizer="adam",
-        lr=0.01,
-        weight_decay=0.0,
-        scheduler="step",
-        lr_factor=0.05,
-        lr_step=5,
-        patience=10,
-    ),
-    "augmented": Recipe(
-        optimizer="adam",
-        lr=0.001,
-        weight_decay=1e-4,
-        scheduler="step",
-        lr_factor=0.1,
-        lr_step=7,
-        patience=99,
-    ),
+    "plateau":   Recipe(),
+    "rgb32":     Recipe(input="rgb32", augment=False, scheduler="none", patience=99),
+    "adam":      Recipe(normalize="none", augment=False, optimizer="adam", lr=0.001,
+                        weight_decay=0.0, scheduler="none", patience=99, test_train=True),
+    "kaggle":    Recipe(dataset="kaggle", normalize="kaggle", val_size=4200, shift=0.0, epochs=15,
+                        batch_size=32, optimizer="adam", lr=0.01, weight_decay=0.0,
+                        scheduler="step", lr_step=5, lr_factor=0.05, patience=10),
+    "augmented": Recipe(optimizer="adam", lr=0.001, weight_decay=1e-4, scheduler="step",
+                        lr_step=7, lr_factor=0.1, patience=99),
 }
+# fmt: on
 
 
 # %% 5. Training
@@ -720,14 +705,18 @@ def train_one_epoch(
 ) -> dict:
     """Go through the loader once; return loss (mean, nats), accuracy (%) and images_per_second.
 
-    Also batch_losses, of every 50th batch. ``after_update`` is what a learning rate that changes
-    within the epoch needs. With a ``title`` it shows how it goes: one live line on a terminal, a
-    line every 100 batches in a pipe. Raises FloatingPointError where a loss is no longer finite.
+    Loss and accuracy are of the batches as the model met them, still learning: they may be worse
+    than in a test right after. Also returns batch_losses, of every 50th batch. ``after_update``
+    is for a learning rate that changes within the epoch. With a ``title`` it shows how it goes:
+    one live line on a terminal, a line every 100 batches in a pipe.
+
+    Raises FloatingPointError where a loss is no longer finite.
     """
     model.train()
     for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d) and not layer.weight.requires_grad:
-            layer.eval()  # a frozen one keeps its statistics too
+        frozen = not all(p.requires_grad for p in layer.parameters(recurse=False))
+        if frozen and hasattr(layer, "running_mean"):
+            layer.eval()  # a frozen batch norm keeps its statistics too
     optimizer.zero_grad()
     sizes, losses, correct = [], [], []  # left on the device: no step waits for the one before
     started = shown = time.perf_counter()
@@ -909,8 +898,8 @@ class ResNetTrainer:
     """Trains and tests a model: optimizer, scheduler, early stopping, checkpoints.
 
     ``model`` is any classifier; parameters with requires_grad=False stay as they are. ``device``
-    None picks the best. Of ``recipe`` the fields of model and data are ignored. ``run_dir``
-    receives best.pt, last.pt and history.csv; None writes nothing.
+    None picks the best. Of ``recipe`` the fields of model and data are ignored. The folder
+    ``run_dir`` receives best.pt, last.pt and history.csv; None writes nothing.
     """
 
     def __init__(
@@ -918,10 +907,11 @@ class ResNetTrainer:
         model: nn.Module,
         device: torch.device | str | None = None,
         recipe: Recipe | None = None,
-        run_dir: Path | None = None,
+        run_dir: str | Path | None = None,
         quiet: bool = False,
     ):
-        self.recipe, self.run_dir, self.quiet = recipe or Recipe(), run_dir, quiet
+        self.recipe, self.quiet = recipe or Recipe(), quiet
+        self.run_dir = Path(run_dir) if run_dir else None
         self.device = pick_device(device)
         self.precision = pick_precision(self.recipe.precision, self.device)
         # The layout that cuDNN and oneDNN prefer: it saves a transposition a convolution.
@@ -931,8 +921,8 @@ class ResNetTrainer:
         """Train; end on the weights of the best epoch, in eval mode; return the history.
 
         Loaders are iterables of (images, labels) with a length; without a ``val_loader`` the
-        training loss schedules and selects. ``resume`` is the content of a last.pt to go on from.
-        ``overrides`` (num_epochs, learning_rate, and all of Recipe's names) win over the recipe.
+        training loss schedules and selects. ``resume`` is the content of run_dir's last.pt, to go
+        on from. ``overrides`` (num_epochs, learning_rate, all of Recipe's names) change the recipe.
         The history has a list for each quantity, with a value for each epoch.
         """
         names = {"num_epochs": "epochs", "learning_rate": "lr"}
@@ -948,6 +938,7 @@ class ResNetTrainer:
             for row in self.rows:  # which is all the memory that early stopping needs
                 stopping.step(row["val_loss"])
         elif self.run_dir:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
             self._save()  # so that a run killed in its first epoch can be resumed as well
         best_weights = copy.deepcopy(self.model.state_dict())
         for loader in (train_loader, val_loader):
@@ -963,7 +954,7 @@ class ResNetTrainer:
                 self.scheduler.step()
             row["best"] = stopping.step(row["val_loss"])
             self.rows.append(row)
-            if row["best"]:
+            if row["best"] and not self.run_dir:
                 best_weights = copy.deepcopy(self.model.state_dict())
             if self.run_dir:
                 self._save()
@@ -986,18 +977,30 @@ class ResNetTrainer:
             train_loader.set_epoch(epoch)
         try:
             train = val = train_one_epoch(
-                *(self.model, train_loader, self.optimizer, self.device, self.precision),
-                *(recipe.accumulate, recipe.label_smoothing),
-                *(after_update, title),
+                self.model,
+                train_loader,
+                self.optimizer,
+                self.device,
+                self.precision,
+                accumulate=recipe.accumulate,
+                label_smoothing=recipe.label_smoothing,
+                after_update=after_update,
+                title=title,
             )
             if val_loader is not None:
                 val = self.test(val_loader)
-            after = self.test(train_loader)["accuracy"] if recipe.test_train else None
+            after = None
+            if recipe.test_train:
+                plain = copy.copy(train_loader)
+                plain.rotate = plain.shift = 0  # no augmentation
+                after = self.test(plain)["accuracy"]
             if not math.isfinite(val["loss"]):
                 raise FloatingPointError(f"the validation loss became {val['loss']}")
         except FloatingPointError as error:
             kept = f"{self.run_dir} keeps the last good weights; " if self.run_dir else ""
-            raise UserError(f"epoch {epoch}: {error}; {kept}try a lower --lr") from error
+            raise UserError(
+                f"epoch {epoch}: {error}; {kept}start again with a lower --lr"
+            ) from error
         finally:
             if title:
                 show_progress("")
@@ -1033,7 +1036,10 @@ class ResNetTrainer:
             **common,
             optimizer=self.optimizer.state_dict(),
             scheduler=self.scheduler.state_dict(),
-            random_states=[module.get_rng_state() for module in self._random_modules()],
+            random_states={
+                kind: module.get_rng_state(*which)
+                for kind, (module, which) in self._random_generators().items()
+            },
         )
 
     def _restore(self, checkpoint: dict) -> None:
@@ -1041,11 +1047,16 @@ class ResNetTrainer:
         for name in ("model", "optimizer", "scheduler"):
             getattr(self, name).load_state_dict(checkpoint[name])
         self.rows = checkpoint["rows"]
-        for module, state in zip(self._random_modules(), checkpoint["random_states"], strict=False):
-            module.set_rng_state(state)
+        for kind, (module, which) in self._random_generators().items():
+            if kind in checkpoint["random_states"]:
+                module.set_rng_state(checkpoint["random_states"][kind], *which)
 
-    def _random_modules(self) -> list:
-        return [torch] + [torch.get_device_module(self.device)] * (self.device.type != "cpu")
+    def _random_generators(self) -> dict:
+        """Return, for each type of device, its module and the arguments that name the device."""
+        kind = self.device.type
+        which = [] if kind == "mps" else [self.device]  # there is only one mps
+        others = {} if kind == "cpu" else {kind: (torch.get_device_module(self.device), which)}
+        return {"cpu": (torch, []), **others}
 
     def test(self, test_loader) -> dict:
         """Return what evaluate() does: loss, accuracy, predictions, labels, probabilities."""
@@ -1113,8 +1124,9 @@ def plot_curves(history: dict[str, list], title: str = ""):
         axis.plot(epochs, history[f"val_{name}"], "s-", color=VERMILION, label="validation")
         best = history[f"val_{name}"][best_epoch - 1]
         axis.plot(best_epoch, best, "k*", ms=14, label=f"best epoch ({best_epoch})")
+        smooth = len(set(rates)) == len(rates) > 3  # no drops, but a rate that changes all the time
         for epoch, before, after in zip(epochs[1:], rates, rates[1:], strict=False):
-            if after < before:
+            if after < before and not smooth:
                 axis.axvline(epoch - 0.5, color="gray", linestyle=":")
                 above = {"transform": axis.get_xaxis_transform(), "rotation": 90, "ha": "center"}
                 axis.text(epoch - 0.5, 1.02, f"lr {after:.2g}", **above, fontsize=8)
@@ -1187,7 +1199,10 @@ def visualize_results(
     model: nn.Module, loader, results: dict, history: dict, run_dir: Path, title: str = ""
 ) -> None:
     """Save a run's pictures; ``results`` are what evaluate() returned for this loader."""
-    images = torch.cat([batch[:, :1].cpu() for batch, _ in loader])
+    if isinstance(loader, Batches):
+        images = loader.images.cpu()
+    else:
+        images = torch.cat([batch[:, :1].cpu() for batch, _ in loader])
     labels, predictions = results["labels"], results["predictions"]
     sure = 100 * results["probabilities"].amax(dim=1)
     mistakes = (labels != predictions).nonzero().flatten()
@@ -1278,6 +1293,7 @@ def read_kaggle(path: str | Path, labelled: bool) -> tuple[Tensor, Tensor | None
 
 def explain_csv(path: str | Path, columns: list[str]) -> str:
     """Return where the first thing stands in a CSV that should not, the header being row 1."""
+    csv.field_size_limit(2**30)  # one of any length is to be named, not to fail
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         rows = csv.reader(file)
         next(rows, None)
@@ -1314,9 +1330,10 @@ def as_loader(trainer: ResNetTrainer, images: Tensor) -> Batches:
 
 
 def lenet5(num_classes: int = 10, input_channels: int = 1) -> nn.Sequential:
-    """LeNet-5 (LeCun 1998, II.B) with each map of C3 reading all maps, and a linear output.
+    """LeNet-5 (LeCun 1998, II.B): (N, C, H, W) → (N, num_classes). Layers have the paper's names.
 
-    (N, C, H, W) → (N, num_classes). The layers have the paper's names.
+    Simpler than there: each map of C3 reads all maps of S2, subsampling has no weights, the tanh
+    no scale, and the output is linear.
     """
     layers = OrderedDict(
         C1=nn.Conv2d(input_channels, 6, 5, padding=2),  # (N, 6, 28, 28)
@@ -1375,49 +1392,50 @@ def build_model(recipe: Recipe) -> nn.Module:
     auxiliary = name in ("googlenet", "inception_v3")  # more than one output in training
     options = {"aux_logits": False, "init_weights": True} if auxiliary else {}
     model = models.get_model(name, num_classes=10, **options)
-    place, old = first_conv(model)
-    size_and_step = (old.kernel_size, old.stride, old.padding)
-    biased = old.bias is not None
-    new = nn.Conv2d(channels, old.out_channels, *size_and_step, bias=biased)
-    model.set_submodule(place, new)
+    conv = first_conv(model)[1]
+    conv.in_channels, conv.weight = channels, nn.Parameter(adapt_channels(conv.weight, channels))
     try:
         with torch.no_grad():
             copy.deepcopy(model).eval()(torch.zeros(1, channels, size, size))
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"{name} cannot take {size}×{size} pixels; try --input rgb224") from error
+        raise UserError(f"{name} cannot take {size}×{size} pixels; try rgb32 or rgb224") from error
     return model
 
 
-def load_weights(model: nn.Module, name: str, source: str) -> str:
-    """Give the model, of that name, weights to start from; return what became of which.
+def adapt_channels(weight: Tensor, channels: int) -> Tensor:
+    """Return the filters (K, C, h, w) of a first convolution for so many equal channels.
 
-    ``source`` is "imagenet" for torchvision's, or a file: of this program, or a state dict.
-    Filters for RGB are summed into one for gray, which answers a gray image as they would, and
-    the other way round. What does not fit, such as a head for other classes, stays fresh.
+    An image whose channels are all the same gets the same answer as before.
+    """
+    if weight.shape[1] == channels:
+        return weight.detach()
+    return weight.detach().sum(dim=1, keepdim=True).repeat(1, channels, 1, 1) / channels
+
+
+def load_weights(model: nn.Module, name: str, source: str) -> tuple[str, list[str]]:
+    """Give the model, of that name, weights to start from.
+
+    ``source`` is "imagenet" for torchvision's, or a file: of this program, or a state dict. The
+    first convolution is adapted to the channels; what does not fit, such as a head for other
+    classes, stays fresh. Returns what became of which, in words, and the names of the fresh.
     """
     state = imagenet_weights(name) if source == "imagenet" else read_tensors(source)
     for key in ("model", "state_dict"):  # where checkpoints have it
         state = state.get(key, state) if isinstance(state, dict) else {}
-    own, adapted, fresh = model.state_dict(), [], []
-    for key, value in own.items():
-        given = state.get(key)
-        shape = tuple(given.shape) if isinstance(given, Tensor) else (0,)
-        channels = {*shape[1:2], *value.shape[1:2]}
-        if shape == value.shape:
-            own[key] = given
-        elif channels == {1, 3} and shape[:1] + shape[2:] == value.shape[:1] + value.shape[2:]:
-            own[key] = given.sum(dim=1, keepdim=True).expand_as(value) / value.shape[1]
-            adapted.append(f"{key} ({shape[1]} to {value.shape[1]} channels)")
-        else:
-            fresh.append(key)
-    loaded = len(own) - len(adapted) - len(fresh)
-    if not loaded:
+    state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    own, first = model.state_dict(), f"{first_conv(model)[0]}.weight"
+    adapted = first in state and state[first].dim() == 4 and state[first].shape != own[first].shape
+    if adapted:
+        state[first] = adapt_channels(state[first], own[first].shape[1])
+    fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    fresh = [key for key in own if key not in fits]
+    if not fits:
         raise UserError(f"{source} holds no weights of {name}")
-    model.load_state_dict(own)
-    report = [f"{loaded} tensors loaded from {source}"]
-    report += [f"adapted: {', '.join(adapted)}"] if adapted else []
-    report += [f"left fresh: {', '.join(fresh)}"] if fresh else []
-    return "; ".join(report)
+    model.load_state_dict(fits, strict=False)
+    report = f"{len(fits)} of {len(state)} tensors of {source} loaded"
+    if adapted and first in fits:
+        report += f"; {first} adapted to {own[first].shape[1]} channel(s)"
+    return report + (f"; left fresh: {', '.join(fresh)}" if fresh else ""), fresh
 
 
 def imagenet_weights(name: str) -> dict[str, Tensor]:
@@ -1435,14 +1453,16 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
         ) from error
 
 
-def freeze(model: nn.Module, parts: Sequence[str]) -> None:
-    """Freeze the named parts. Raises UserError for one that is not there."""
+def freeze(model: nn.Module, parts: Sequence[str], fresh: list[str]) -> None:
+    """Freeze the named parts. Raises UserError for one that is not there, or is left fresh."""
     for name in parts:
         try:
             model.get_submodule(name).requires_grad_(False)
         except AttributeError as error:
             known = ", ".join(name for name, _ in model.named_children())
             raise UserError(f"there is no part {name!r} to freeze; there is {known}") from error
+        if any(key.startswith(f"{name}.") for key in fresh):
+            raise UserError(f"{name} got no weights: frozen, it would stay random")
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("with all of it frozen, nothing is left to train")
 
@@ -1466,11 +1486,11 @@ def load_run(run: str | None, device: str | None) -> tuple[ResNetTrainer, dict, 
     """Return the network of a run, ready to test, with its checkpoint and the path of that."""
     path = find_checkpoint(run, "best.pt")
     checkpoint = load_checkpoint(path)
-    recipe = Recipe(**checkpoint["recipe"])
-    model = build_model(recipe)
     try:
+        recipe = Recipe(**checkpoint["recipe"])
+        model = build_model(recipe)
         model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
+    except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} holds the weights of another network") from error
     return ResNetTrainer(model, device, recipe), checkpoint, path
 
@@ -1486,7 +1506,7 @@ def claim_run_dir(output_dir: str | None, name: str) -> Path:
         with open(folder / "history.csv", "x"):  # of two runs that want it at once, one gets it
             return folder
     except FileExistsError:
-        raise UserError(f"{folder} is taken: --resume it, or choose another") from None
+        raise UserError(f"{folder} is taken: choose another, or --resume the run in it") from None
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror}") from error
 
@@ -1528,15 +1548,17 @@ def list_recipes() -> None:
 def start_or_resume(args: argparse.Namespace, given: dict) -> tuple[Recipe, dict | None, Path]:
     """Return the recipe, and for a resumed run its last checkpoint and its folder."""
     if not args.resume:
-        return replace(RECIPES[args.recipe], **given), None, None
+        return replace(RECIPES[args.recipe or "plateau"], **given), None, None
+    if args.recipe or args.output_dir:
+        raise UserError("a resumed run keeps its recipe and folder: no --recipe, no --output-dir")
     path = find_checkpoint(None if args.resume is True else args.resume, "last.pt")
     checkpoint = load_checkpoint(path)
     if "optimizer" not in checkpoint:
         raise UserError(f"{path} cannot be resumed; the last.pt of a run can")
-    if args.output_dir:
-        raise UserError("a resumed run stays in its folder: leave out --output-dir")
     recipe = Recipe(**checkpoint["recipe"])
     free = {"patience"} if recipe.scheduler in PER_UPDATE else {"epochs", "patience"}
+    if given.get("dataset") == "auto":
+        del given["dataset"]  # which was settled at the start
     for name in given.keys() - free:
         kept = getattr(recipe, name)
         if given[name] != kept:
@@ -1552,13 +1574,12 @@ def command_train(args: argparse.Namespace, given: dict) -> None:
     device = pick_device(args.device)
     recipe, checkpoint, run_dir = start_or_resume(args, given)
     torch.manual_seed(recipe.seed)
+    model, loaded, fresh = build_model(recipe), "", []
+    if recipe.weights and not checkpoint:
+        loaded, fresh = load_weights(model, recipe.model, recipe.weights)
+    freeze(model, recipe.freeze, fresh)
     data = load_data(recipe, args.data_dir)
     recipe = replace(recipe, dataset=data.name)
-    model = build_model(recipe)
-    loaded = ""
-    if recipe.weights and not checkpoint:
-        loaded = load_weights(model, recipe.model, recipe.weights)
-    freeze(model, recipe.freeze)
     title = f"{recipe.model}, {recipe.input}, {recipe.dataset}"
     run_dir = run_dir or claim_run_dir(args.output_dir, title.replace(", ", "-"))
     trainer = ResNetTrainer(model, device, recipe, run_dir, args.quiet)
@@ -1655,7 +1676,8 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(command: str) -> argparse.ArgumentParser:
     """Return the parser of a command; the flags of a recipe are made from its fields."""
-    parser = Parser(f"resnet18_mnist.py {command}", description=COMMANDS[command].__doc__)
+    described = COMMANDS[command].__doc__
+    parser = Parser(f"resnet18_mnist.py {command}", description=described, allow_abbrev=False)
     parser.epilog = "Other commands: " + ", ".join(name for name in COMMANDS if name != command)
     operands = {"evaluate": "[RUN ...] ", "predict": "[IMAGE ...] "}.get(command, "")
     parser.usage = f"%(prog)s {operands}[flags]"
@@ -1667,7 +1689,7 @@ def make_parser(command: str) -> argparse.ArgumentParser:
         add("--" + setting.name.replace("_", "-"), **setting.metadata["flag"])
     if command == "train":
         named = "named settings (list shows them); flags given beside it win"
-        add("--recipe", default="plateau", choices=(*RECIPES, "list"), help=named)
+        add("--recipe", choices=(*RECIPES, "list"), help=named)
         add("--output-dir", metavar="DIR", help="folder of the run (default: a new one in runs/)")
         resume = "go on with a run (default: the newest)"
         add("--resume", nargs="?", const=True, metavar="RUN", help=resume)

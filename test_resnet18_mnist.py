@@ -281,6 +281,11 @@ def test_limit_keeps_so_many_training_images_only():
     assert [len(part.labels) for part in (data.train, data.val, data.test)] == [77, 500, 1000]
 
 
+def test_selecting_on_test_holds_no_images_out():
+    with pytest.raises(rm.UserError, match="val-size"):
+        rm.MNISTDataLoader(dataset="synthetic", select_on="test", val_size=100)
+
+
 @pytest.mark.parametrize("val_size", [0, 6000])
 def test_impossible_split_is_refused(val_size):
     with pytest.raises(rm.UserError, match="val-size"):
@@ -684,6 +689,30 @@ def test_history_holds_what_other_scripts_log(tmp_path):
     assert float(rows[1]["train_accuracy_after"]) == history["train_accuracy_after"][1]
 
 
+def test_training_images_are_tested_without_augmentation():
+    recipe = rm.Recipe(epochs=1, test_train=True, lr=1e-9)
+    model, loader = LinearModel(), digits_loader(256, augment=True, shuffle=True)
+    trainer = rm.ResNetTrainer(model, "cpu", recipe, quiet=True)
+    history = trainer.train(loader, loader)
+    plain = rm.compute_accuracy(LinearModel(), digits_loader(256))
+    assert history["train_accuracy_after"] == [plain]
+    assert history["train_accuracy"] != [plain]
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(10), nn.BatchNorm1d(10, affine=False)])
+def test_batch_norms_are_frozen_with_their_parameters(norm):
+    model = nn.Sequential(LinearModel(), norm)
+    norm.requires_grad_(False)
+    rm.train_model(model, digits_loader(), device="cpu", epochs=1)
+    assert bool((norm.running_mean == 0).all()) == norm.affine
+
+
+def test_run_dir_may_be_a_string_and_is_made(tmp_path):
+    loader, folder = digits_loader(), tmp_path / "not" / "yet"
+    rm.ResNetTrainer(LinearModel(), "cpu", None, str(folder), True).train(loader, epochs=1)
+    assert {p.name for p in folder.iterdir()} == {"best.pt", "last.pt", "history.csv"}
+
+
 def test_recipes_are_listed(capsys):
     assert rm.main(["--recipe", "list"]) == 0
     printed = capsys.readouterr().out
@@ -821,6 +850,20 @@ def test_networks_of_torchvision_are_adapted(name, input):
     assert sum(row.parameters for row in rows) == sum(p.numel() for p in model.parameters())
 
 
+def test_a_convolution_that_fits_stays_and_another_answers_gray_images_alike():
+    convolutions = []
+    for input in ("rgb32", "gray28"):
+        torch.manual_seed(0)
+        model = rm.build_model(rm.Recipe(model="resnext50_32x4d", input=input))
+        convolutions.append(model.conv1)
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnext50_32x4d(num_classes=10).conv1
+    assert torch.equal(convolutions[0].weight, theirs.weight)
+    image = torch.randn(1, 1, 28, 28)
+    gray = theirs(image.expand(-1, 3, -1, -1))
+    assert torch.allclose(convolutions[1](image), gray, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -841,10 +884,15 @@ def test_weights_of_imagenet_are_adapted_to_gray_images_and_ten_classes(tmp_path
     torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
     gray = rm.resnet18()
     fresh = gray.fc.weight.clone()
-    said = rm.load_weights(gray, "resnet18", str(tmp_path / "theirs.pth"))
-    assert "119 tensors loaded" in said
-    assert "adapted: conv1.weight (3 to 1 channels)" in said
+    said, left = rm.load_weights(gray, "resnet18", str(tmp_path / "theirs.pth"))
+    assert "120 of 122 tensors of" in said
+    assert "conv1.weight adapted to 1 channel" in said
     assert "left fresh: fc.weight, fc.bias" in said
+    assert left == ["fc.weight", "fc.bias"]
+    larger = rm.resnet34().state_dict()
+    torch.save(larger, tmp_path / "larger.pth")
+    said, _ = rm.load_weights(rm.resnet18(), "resnet18", str(tmp_path / "larger.pth"))
+    assert f"122 of {len(larger)} tensors" in said
     image = torch.randn(1, 1, 28, 28)
     theirs.eval()
     answers = gray.conv1(image), theirs.conv1(image.expand(-1, 3, -1, -1))
@@ -853,9 +901,9 @@ def test_weights_of_imagenet_are_adapted_to_gray_images_and_ten_classes(tmp_path
     assert torch.equal(gray.fc.weight, fresh)
     rgb = rm.resnet18(input_channels=3)
     torch.save({"state_dict": gray.state_dict()}, tmp_path / "gray.pth")
-    assert "conv1.weight (1 to 3 channels)" in rm.load_weights(
-        rgb, "resnet18", str(tmp_path / "gray.pth")
-    )
+    said, left = rm.load_weights(rgb, "resnet18", str(tmp_path / "gray.pth"))
+    assert "conv1.weight adapted to 3 channel" in said
+    assert left == []
     assert torch.allclose(rgb.conv1(image.expand(-1, 3, -1, -1)), gray.conv1(image), atol=1e-5)
 
 
@@ -878,7 +926,7 @@ def test_frozen_parts_stay_as_they_are(tmp_path, trained, monkeypatch, capsys):
     start = next((trained[0] / "runs").iterdir()) / "best.pt"
     flags = ["--weights", str(start), "--freeze", "conv1", "bn1", "layer1"]
     assert rm.main([*TRAIN, *flags, "--epochs", "1", "--output-dir", "x"]) == 0
-    assert "122 tensors loaded" in capsys.readouterr().out
+    assert "122 of 122 tensors of" in capsys.readouterr().out
     before, last = rm.load_checkpoint(start)["model"], rm.load_checkpoint(tmp_path / "x/last.pt")
     for key, value in before.items():
         frozen = key.startswith(("conv1", "bn1", "layer1"))
@@ -894,6 +942,8 @@ def test_frozen_parts_stay_as_they_are(tmp_path, trained, monkeypatch, capsys):
     assert rm.main(["--resume", "x", "--epochs", "2", "--quiet"]) == 0
     again = rm.load_checkpoint(tmp_path / "x/last.pt")["model"]
     assert torch.equal(again["bn1.running_mean"], before["bn1.running_mean"])
+    assert rm.main([*TRAIN, "--input", "rgb32", *flags]) == 2  # a 3×3 stem cannot take 7×7 filters
+    assert "conv1 got no weights" in capsys.readouterr().err
     assert rm.main([*TRAIN, "--freeze", "layer5"]) == 2
     assert "there is no part 'layer5' to freeze; there is conv1" in capsys.readouterr().err
 
@@ -955,6 +1005,7 @@ KAGGLE_HEADER = ",".join(["label", *(f"pixel{i}" for i in range(784))]) + "\n"
         (KAGGLE_HEADER + row(3) + "1,2\n", "row 3: 2 columns, not 785"),
         (KAGGLE_HEADER + row(3).strip() + ",\n", "row 2: 786 columns, not 785"),
         (KAGGLE_HEADER + row(3, ""), "row 2, column pixel0: ''"),
+        (KAGGLE_HEADER + row(3, "1" * 200_000), "row 2, column pixel0: '11111"),
     ],
 )
 def test_damaged_kaggle_files_are_refused_with_row_and_column(tmp_path, text, said):
@@ -1113,13 +1164,14 @@ def test_resume_by_command_and_refusal_of_a_taken_folder(trained, tmp_path, monk
     report = (tmp_path / "a" / "report.txt").read_text()
     assert capsys.readouterr() == (report + "\n", "")
     assert rm.main([*TRAIN, "--output-dir", "a", "--quiet"]) == 2
-    assert capsys.readouterr().err == "error: a is taken: --resume it, or choose another\n"
-    assert rm.main(["--resume", "a", "--epochs", "2", "--seed", "0", "--quiet"]) == 0
+    assert re.fullmatch("error: a is taken: .*\n", capsys.readouterr().err)
+    same = ["--seed", "0", "--dataset", "auto"]  # what the run began with, and may be said again
+    assert rm.main(["--resume", "a", "--epochs", "2", *same, "--quiet"]) == 0
     straight = trained[0] / "runs" / "resnet18-gray28-synthetic-1" / "last.pt"
     ours, theirs = rm.load_checkpoint(tmp_path / "a" / "last.pt"), rm.load_checkpoint(straight)
     assert without_timings(ours["rows"]) == without_timings(theirs["rows"])
     assert all(torch.equal(ours["model"][key], theirs["model"][key]) for key in ours["model"])
-    for mistake in (["--lr", "0.5"], ["--output-dir", "b"]):
+    for mistake in (["--lr", "0.5"], ["--output-dir", "b"], ["--recipe", "adam"]):
         capsys.readouterr()
         assert rm.main(["--resume", "a", *mistake]) == 2
         assert mistake[0].strip("-").replace("-", "_") in capsys.readouterr().err.replace("-", "_")
