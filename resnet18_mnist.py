@@ -386,6 +386,8 @@ def draw_synthetic_digits(seed: int, train_size: int = 6000, test_size: int = 10
 
 def load_digits(dataset: str, data_dir: str | Path, seed: int) -> Digits:
     """Load "mnist", "synthetic", or "auto": MNIST, and where it is missing synthetic digits."""
+    if dataset not in ("auto", "mnist", "synthetic"):
+        raise ValueError(f"dataset {dataset!r} is none of auto, mnist, synthetic")
     if dataset != "synthetic":
         try:
             return read_mnist(data_dir)
@@ -486,7 +488,8 @@ class MNISTDataLoader:
 
     ``val_size`` images (default: a twelfth, 5,000 of the 60,000) are held out of the training set.
     ``select_on="test"`` holds none out and makes ``.val`` the test set, as many scripts do; where
-    there are no test labels, ``.test`` is ``.val``. ``limit`` keeps so many training images.
+    there are no test labels, ``.test`` is ``.val`` and ``.unlabelled`` the test images (or None).
+    ``limit`` keeps so many training images.
     """
 
     def __init__(
@@ -508,19 +511,19 @@ class MNISTDataLoader:
         self.name, images, labels, *test = digits
         if select_on == "test" and test[1] is None:
             raise UserError(f"{self.name} has no test labels to select on")
-        if select_on == "test" and val_size is not None:
-            raise UserError("--select-on test holds no images out: leave out --val-size")
-        if val_size is None:
-            val_size = 0 if select_on == "test" else len(labels) // 12
-        if not (select_on == "test" or 0 < val_size <= len(labels) - 2):
+        val_size = len(labels) // 12 if val_size is None else val_size
+        val_size = 0 if select_on == "test" else val_size
+        if select_on != "test" and not 0 < val_size <= len(labels) - 2:
             raise UserError(f"--val-size {val_size} does not fit {len(labels)} training images")
         train, val = split_by_class(labels, val_size, seed)
         train, common = train[:limit], (batch_size, input, normalize, seed)
         how = {"rotate": rotate, "shift": shift} if augment else {}
         self.train = Batches(images[train], labels[train], *common, shuffle=True, **how)
         self.val = Batches(images[val], labels[val], *common) if val_size else None
-        self.test = self.val if test[1] is None else Batches(*test, *common)
+        labelled = test[1] is not None
+        self.test = Batches(*test, *common) if labelled else self.val
         self.val = self.val or self.test
+        self.unlabelled = None if labelled else test[0]
 
     def get_data_loaders(self) -> tuple[Batches, Batches]:
         """Return (train, test)."""
@@ -835,7 +838,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, updates: in
     return kinds.ConstantLR(optimizer, factor=1)
 
 
-FORMAT = "resnet18_mnist checkpoint 1"
+FORMAT = "resnet18_mnist checkpoint 2"
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
@@ -848,9 +851,10 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
             os.fsync(file.fileno())  # else a power cut may leave the new name on an empty file
         os.replace(temporary, path)
     except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def save_checkpoint(path: Path, **content) -> None:
@@ -880,11 +884,17 @@ def read_tensors(path: str | Path) -> object:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint onto the CPU. Raises UserError if it is missing, damaged or not ours."""
+    """Read a checkpoint onto the CPU, its recipe as a Recipe.
+
+    Raises UserError if it is missing, damaged or not ours.
+    """
     checkpoint = read_tensors(path)
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise UserError(f"{path} is damaged, or is no checkpoint of this program")
-    return checkpoint
+    try:
+        if checkpoint["format"] == FORMAT and checkpoint.keys() >= {"metrics", "rows", "model"}:
+            return {**checkpoint, "recipe": Recipe(**checkpoint["recipe"])}
+    except Exception as error:  # whatever is not as save_checkpoint() had it
+        raise UserError(f"{path} is damaged, or is no checkpoint of this program") from error
+    raise UserError(f"{path} is a checkpoint of another version of this program")
 
 
 HEADER = "epoch  train loss       %   val loss       %        lr       s  images/s"
@@ -937,7 +947,7 @@ class ResNetTrainer:
             self._restore(resume)
             for row in self.rows:  # which is all the memory that early stopping needs
                 stopping.step(row["val_loss"])
-        elif self.run_dir:
+        if self.run_dir:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self._save()  # so that a run killed in its first epoch can be resumed as well
         best_weights = copy.deepcopy(self.model.state_dict())
@@ -992,7 +1002,8 @@ class ResNetTrainer:
             after = None
             if recipe.test_train:
                 plain = copy.copy(train_loader)
-                plain.rotate = plain.shift = 0  # no augmentation
+                if isinstance(plain, Batches):
+                    plain.rotate = plain.shift = 0  # no augmentation
                 after = self.test(plain)["accuracy"]
             if not math.isfinite(val["loss"]):
                 raise FloatingPointError(f"the validation loss became {val['loss']}")
@@ -1044,12 +1055,15 @@ class ResNetTrainer:
 
     def _restore(self, checkpoint: dict) -> None:
         """Put all back as it was when this last.pt was written."""
-        for name in ("model", "optimizer", "scheduler"):
-            getattr(self, name).load_state_dict(checkpoint[name])
+        try:
+            for name in ("model", "optimizer", "scheduler"):
+                getattr(self, name).load_state_dict(checkpoint[name])
+            for kind, (module, which) in self._random_generators().items():
+                if kind in checkpoint["random_states"]:
+                    module.set_rng_state(checkpoint["random_states"][kind], *which)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"the run in {self.run_dir} is of another network") from error
         self.rows = checkpoint["rows"]
-        for kind, (module, which) in self._random_generators().items():
-            if kind in checkpoint["random_states"]:
-                module.set_rng_state(checkpoint["random_states"][kind], *which)
 
     def _random_generators(self) -> dict:
         """Return, for each type of device, its module and the arguments that name the device."""
@@ -1241,14 +1255,21 @@ def read_image(path: str) -> Tensor:
     UserError for a file that cannot be read or shows no ink.
     """
     try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGBA")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                picture = ImageOps.exif_transpose(file)
+                if picture.mode[0] in "IF":  # 16 bits and more, which Pillow would cut off at 255
+                    levels = np.asarray(picture, dtype=float)
+                    picture = Image.fromarray(np.uint8(255 * (levels / levels.max()).clip(0, 1)))
+                picture = picture.convert("RGBA")
     except Exception as error:  # whatever Pillow makes of arbitrary bytes
         raise UserError(f"{path} cannot be read as an image") from error
     gray = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("L")
     pixels = TF.pil_to_tensor(gray)[0]
     paper = torch.cat([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]).median().item()
-    if gray.size == (28, 28) and paper < 32:
+    if gray.size == (28, 28) and paper < 32 <= pixels.max():
         return pixels
     ink = ImageChops.difference(gray, Image.new("L", gray.size, paper))  # dark or light, now light
     darkest = ink.getextrema()[1]
@@ -1258,6 +1279,8 @@ def read_image(path: str) -> Tensor:
     ink = ink.crop(ink.getbbox())
     size = [max(1, round(20 * side / max(ink.size))) for side in ink.size]
     digit = TF.pil_to_tensor(ImageOps.autocontrast(ink.resize(size)))[0]  # (h, w), one of them 20
+    if not digit.any():  # specks
+        raise UserError(f"{path} shows no ink")
     image, corner = torch.zeros(28, 28, dtype=torch.uint8), []
     for axis, side in enumerate(digit.shape):
         mass = digit.sum(dim=1 - axis).float()
@@ -1273,6 +1296,7 @@ def read_kaggle(path: str | Path, labelled: bool) -> tuple[Tensor, Tensor | None
     Raises UserError that names the file, and row and column of what is wrong in it.
     """
     columns = ["label"] * labelled + [f"pixel{number}" for number in range(784)]
+    csv.field_size_limit(2**30)  # what is too long is to be named as well
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             if next(csv.reader(file), None) != columns:
@@ -1281,6 +1305,8 @@ def read_kaggle(path: str | Path, labelled: bool) -> tuple[Tensor, Tensor | None
                 warnings.simplefilter("error")  # that there is no row is but a warning
                 how = {"delimiter": ",", "quotechar": '"', "comments": None, "ndmin": 2}
                 table = np.loadtxt(file, np.uint8, **how)
+            if table.shape[1] != len(columns):
+                raise ValueError
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, UserWarning, csv.Error) as error:
@@ -1293,7 +1319,6 @@ def read_kaggle(path: str | Path, labelled: bool) -> tuple[Tensor, Tensor | None
 
 def explain_csv(path: str | Path, columns: list[str]) -> str:
     """Return where the first thing stands in a CSV that should not, the header being row 1."""
-    csv.field_size_limit(2**30)  # one of any length is to be named, not to fail
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         rows = csv.reader(file)
         next(rows, None)
@@ -1308,13 +1333,12 @@ def explain_csv(path: str | Path, columns: list[str]) -> str:
     return " holds no digit"
 
 
-def write_solution(trainer: ResNetTrainer, path: str | Path, solution: Path) -> None:
-    """Label the digits of a test.csv in the format of the competition: ImageId (from 1), Label."""
-    images, _ = read_kaggle(path, labelled=False)
+def write_solution(trainer: ResNetTrainer, images: Tensor, solution: Path) -> None:
+    """Label images (N, 28, 28) in the format of the competition: ImageId (from 1), Label."""
     labels = trainer.test(as_loader(trainer, images))["predictions"].tolist()
     lines = [f"{number},{label}\n" for number, label in enumerate(labels, start=1)]
     write_atomically(solution, "".join(["ImageId,Label\n", *lines]).encode())
-    print(f"{len(labels):,} labels of {path}: {solution}")
+    print(f"labels of {len(labels):,} images: {solution}")
 
 
 def as_loader(trainer: ResNetTrainer, images: Tensor) -> Batches:
@@ -1420,9 +1444,10 @@ def load_weights(model: nn.Module, name: str, source: str) -> tuple[str, list[st
     classes, stays fresh. Returns what became of which, in words, and the names of the fresh.
     """
     state = imagenet_weights(name) if source == "imagenet" else read_tensors(source)
-    for key in ("model", "state_dict"):  # where checkpoints have it
-        state = state.get(key, state) if isinstance(state, dict) else {}
-    state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    state = state if isinstance(state, dict) else {}
+    for key in ("model", "state_dict", "model_state_dict"):  # where checkpoints have it
+        state = state[key] if isinstance(state.get(key), dict) else state
+    state = {str(k).removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
     own, first = model.state_dict(), f"{first_conv(model)[0]}.weight"
     adapted = first in state and state[first].dim() == 4 and state[first].shape != own[first].shape
     if adapted:
@@ -1431,7 +1456,10 @@ def load_weights(model: nn.Module, name: str, source: str) -> tuple[str, list[st
     fresh = [key for key in own if key not in fits]
     if not fits:
         raise UserError(f"{source} holds no weights of {name}")
-    model.load_state_dict(fits, strict=False)
+    try:
+        model.load_state_dict(fits, strict=False)
+    except (RuntimeError, NotImplementedError) as error:  # sparse ones, say
+        raise UserError(f"{source} holds weights of another kind") from error
     report = f"{len(fits)} of {len(state)} tensors of {source} loaded"
     if adapted and first in fits:
         report += f"; {first} adapted to {own[first].shape[1]} channel(s)"
@@ -1474,7 +1502,7 @@ RUNS = Path("runs")
 
 def find_checkpoint(given: str | None, name: str) -> Path:
     """Return the checkpoint ``given`` as a file or as the folder of a run, or else the newest."""
-    if given:
+    if given is not None:
         return Path(given, name) if Path(given).is_dir() else Path(given)
     found = sorted(RUNS.glob(f"*/{name}"), key=os.path.getmtime)
     if not found:
@@ -1486,11 +1514,10 @@ def load_run(run: str | None, device: str | None) -> tuple[ResNetTrainer, dict, 
     """Return the network of a run, ready to test, with its checkpoint and the path of that."""
     path = find_checkpoint(run, "best.pt")
     checkpoint = load_checkpoint(path)
+    recipe, model = checkpoint["recipe"], build_model(checkpoint["recipe"])
     try:
-        recipe = Recipe(**checkpoint["recipe"])
-        model = build_model(recipe)
         model.load_state_dict(checkpoint["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError) as error:
         raise UserError(f"{path} holds the weights of another network") from error
     return ResNetTrainer(model, device, recipe), checkpoint, path
 
@@ -1503,11 +1530,14 @@ def claim_run_dir(output_dir: str | None, name: str) -> Path:
     folder = Path(output_dir or RUNS / f"{name}-{number}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if any((folder / kept).exists() for kept in ("best.pt", "last.pt", "report.txt")):
+            raise UserError(f"{folder} is taken: choose another, or --resume the run in it")
         with open(folder / "history.csv", "x"):  # of two runs that want it at once, one gets it
             return folder
-    except FileExistsError:
-        raise UserError(f"{folder} is taken: choose another, or --resume the run in it") from None
     except OSError as error:
+        if (folder / "history.csv").exists():
+            why = "a run has begun in it, and saved nothing yet: delete it, or choose another"
+            raise UserError(f"{folder} is taken: {why}") from error
         raise UserError(f"cannot write into {folder}: {error.strerror}") from error
 
 
@@ -1517,8 +1547,10 @@ def load_data(recipe: Recipe, data_dir: str) -> MNISTDataLoader:
     options = {name: getattr(recipe, name) for name in (*names, "rotate", "shift", "seed")}
     digits = recipe.dataset
     if digits == "kaggle":
-        images = read_kaggle(Path(data_dir, "train.csv"), labelled=True)
-        digits = Digits("kaggle", *images, None, None)
+        train = read_kaggle(Path(data_dir, "train.csv"), labelled=True)
+        test = Path(data_dir, "test.csv")
+        test = read_kaggle(test, labelled=False) if test.exists() else (None, None)
+        digits = Digits("kaggle", *train, *test)
     return MNISTDataLoader(data_dir=data_dir, dataset=digits, **options)
 
 
@@ -1547,7 +1579,7 @@ def list_recipes() -> None:
 
 def start_or_resume(args: argparse.Namespace, given: dict) -> tuple[Recipe, dict | None, Path]:
     """Return the recipe, and for a resumed run its last checkpoint and its folder."""
-    if not args.resume:
+    if args.resume is None:
         return replace(RECIPES[args.recipe or "plateau"], **given), None, None
     if args.recipe or args.output_dir:
         raise UserError("a resumed run keeps its recipe and folder: no --recipe, no --output-dir")
@@ -1555,7 +1587,7 @@ def start_or_resume(args: argparse.Namespace, given: dict) -> tuple[Recipe, dict
     checkpoint = load_checkpoint(path)
     if "optimizer" not in checkpoint:
         raise UserError(f"{path} cannot be resumed; the last.pt of a run can")
-    recipe = Recipe(**checkpoint["recipe"])
+    recipe = checkpoint["recipe"]
     free = {"patience"} if recipe.scheduler in PER_UPDATE else {"epochs", "patience"}
     if given.get("dataset") == "auto":
         del given["dataset"]  # which was settled at the start
@@ -1575,13 +1607,13 @@ def command_train(args: argparse.Namespace, given: dict) -> None:
     recipe, checkpoint, run_dir = start_or_resume(args, given)
     torch.manual_seed(recipe.seed)
     model, loaded, fresh = build_model(recipe), "", []
-    if recipe.weights and not checkpoint:
+    if recipe.weights is not None and not checkpoint:
         loaded, fresh = load_weights(model, recipe.model, recipe.weights)
     freeze(model, recipe.freeze, fresh)
     data = load_data(recipe, args.data_dir)
     recipe = replace(recipe, dataset=data.name)
-    title = f"{recipe.model}, {recipe.input}, {recipe.dataset}"
-    run_dir = run_dir or claim_run_dir(args.output_dir, title.replace(", ", "-"))
+    name = f"{recipe.model}-{recipe.input}-{recipe.dataset}"
+    run_dir = run_dir or claim_run_dir(args.output_dir, name)
     trainer = ResNetTrainer(model, device, recipe, run_dir, args.quiet)
     if not args.quiet:
         train, val, test = (f"{len(part.labels):,}" for part in (data.train, data.val, data.test))
@@ -1594,19 +1626,25 @@ def command_train(args: argparse.Namespace, given: dict) -> None:
         print(f"run     {run_dir}\n", flush=True)
     try:
         history = trainer.train(data.train, data.val, resume=checkpoint)
+        finish_run(trainer, data, history)
     except KeyboardInterrupt:
         command = ["python", sys.argv[0], "--resume", str(run_dir), "--data-dir", args.data_dir]
         print(f"stopped; this goes on:  {shlex.join(command)}", file=sys.stderr)
         raise
-    results = trainer.test(data.test.to(device))
+
+
+def finish_run(trainer: ResNetTrainer, data: MNISTDataLoader, history: dict) -> None:
+    """Test a trained network; write its report, pictures and, of Kaggle's files, the solution."""
+    recipe, run_dir = trainer.recipe, trainer.run_dir
+    results = trainer.test(data.test.to(trainer.device))
     report = make_report(recipe, load_checkpoint(run_dir / "best.pt")["metrics"], results)
     write_atomically(run_dir / "report.txt", report.encode())
-    print(report if args.quiet else f"\n{report}")
-    unlabelled = Path(args.data_dir, "test.csv")
-    if recipe.dataset == "kaggle" and unlabelled.exists():
-        write_solution(trainer, unlabelled, run_dir / "solution.csv")
+    print(report if trainer.quiet else f"\n{report}")
+    if data.unlabelled is not None:
+        write_solution(trainer, data.unlabelled, run_dir / "solution.csv")
+    title = f"{recipe.model}, {recipe.input}, {recipe.dataset}"
     visualize_results(trainer.model, data.test, results, history, run_dir, title)
-    if not args.quiet:
+    if not trainer.quiet:
         print(f"weights, history, report and pictures: {run_dir}")
 
 
@@ -1636,14 +1674,16 @@ def command_predict(args: argparse.Namespace, given: dict) -> None:
         raise UserError("predict takes image files, or --kaggle and a test.csv")
     trainer, _, path = load_run(args.checkpoint, args.device)
     if args.kaggle:
-        return write_solution(trainer, args.kaggle, path.with_name("solution.csv"))
+        images, _ = read_kaggle(args.kaggle, labelled=False)
+        return write_solution(trainer, images, path.with_name("solution.csv"))
     digits = torch.stack([read_image(name) for name in args.images])
     results = trainer.test(as_loader(trainer, digits))
     captions = []
     best = results["probabilities"].max(dim=1)
     for name, probability, label in zip(args.images, best.values, best.indices, strict=True):
         print(f"{label}  {100 * probability:6.2f} %  {name}")
-        captions.append(f"{Path(name).name}\n{label}, {100 * probability:.1f} %")
+        shown = os.fsencode(Path(name).name).decode(errors="replace")
+        captions.append(f"{shown}\n{label}, {100 * probability:.1f} %")
     title = f"as {trainer.recipe.model}, trained on {trainer.recipe.dataset}, saw and read them"
     figure = plot_digits(digits[:, None], captions, [False] * len(digits), title)
     save_figure(figure, path.with_name("predict.png"))
@@ -1713,13 +1753,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; return the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
+    if sys.stdout is None:  # closed, as >&- does
+        sys.stdout = io.StringIO()
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know ×
     try:
         args = make_parser(command).parse_args(arguments)
         show = getattr(args, "show", False)
-        if not show:
-            os.environ.setdefault("MPLBACKEND", "agg")  # there may be no screen
+        if not show and "IPython" not in sys.modules:
+            os.environ["MPLBACKEND"] = "agg"  # there may be no screen
         names = {setting.name for setting in fields(Recipe)}
         given = {name: value for name, value in vars(args).items() if name in names}
         COMMANDS[command](args, given)
@@ -1733,7 +1775,12 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not re.search("out of memory|can't allocate memory", str(error)):
+            raise
         print("error: out of memory; a smaller --batch-size needs less", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -281,11 +281,6 @@ def test_limit_keeps_so_many_training_images_only():
     assert [len(part.labels) for part in (data.train, data.val, data.test)] == [77, 500, 1000]
 
 
-def test_selecting_on_test_holds_no_images_out():
-    with pytest.raises(rm.UserError, match="val-size"):
-        rm.MNISTDataLoader(dataset="synthetic", select_on="test", val_size=100)
-
-
 @pytest.mark.parametrize("val_size", [0, 6000])
 def test_impossible_split_is_refused(val_size):
     with pytest.raises(rm.UserError, match="val-size"):
@@ -726,7 +721,7 @@ def test_flags_win_over_the_recipe(tmp_path, monkeypatch, capsys):
     assert rm.main([*TRAIN, *flags, "--epochs", "1", "--output-dir", "x", "--quiet"]) == 0
     recipe = rm.load_checkpoint(tmp_path / "x" / "last.pt")["recipe"]
     kept = ("optimizer", "lr", "weight_decay", "normalize", "augment", "scheduler")
-    assert [recipe[name] for name in kept] == ["rmsprop", 0.02, 0.0, "none", False, "none"]
+    assert [getattr(recipe, name) for name in kept] == ["rmsprop", 0.02, 0.0, "none", False, "none"]
 
 
 def without_timings(rows):
@@ -811,7 +806,10 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path, trained):
         with pytest.raises(rm.UserError, match=r"x\.pt"):
             rm.load_checkpoint(path)
         assert not (tmp_path / "ran").exists(), name
-    for content in ({"weights": 1}, {"format": RunsCode(tmp_path / "ran")}):
+    ours = {"format": rm.FORMAT, "metrics": {}, "rows": [], "model": {}}
+    foreign = ({"recipe": {"lr": "high"}}, {"recipe": {"colour": 1}}, {"recipe": 1}, {})
+    foreign = [{**ours, **content} for content in foreign]
+    for content in ({"weights": 1}, {"format": RunsCode(tmp_path / "ran")}, [1], *foreign):
         torch.save(content, path)
         with pytest.raises(rm.UserError, match=r"x\.pt"):
             rm.load_checkpoint(path)
@@ -913,6 +911,11 @@ def test_weights_that_cannot_be_had(tmp_path, monkeypatch):
         rm.load_weights(rm.resnet18(), "resnet18", "imagenet")
     with pytest.raises(rm.UserError, match="no ImageNet weights for lenet5"):
         rm.load_weights(rm.lenet5(), "lenet5", "imagenet")
+    nested = {"model": "lenet5", "state_dict": {"module.C1.bias": torch.ones(6)}}
+    torch.save(nested, tmp_path / "nested.pth")
+    lenet5 = rm.lenet5()
+    assert "1 of 1 tensors" in rm.load_weights(lenet5, "lenet5", str(tmp_path / "nested.pth"))[0]
+    assert bool((lenet5.C1.bias == 1).all())
     torch.save(rm.lenet5().state_dict(), tmp_path / "lenet5.pth")
     with pytest.raises(rm.UserError, match="no weights of resnet18"):
         rm.load_weights(rm.resnet18(), "resnet18", str(tmp_path / "lenet5.pth"))
@@ -1005,6 +1008,7 @@ KAGGLE_HEADER = ",".join(["label", *(f"pixel{i}" for i in range(784))]) + "\n"
         (KAGGLE_HEADER + row(3) + "1,2\n", "row 3: 2 columns, not 785"),
         (KAGGLE_HEADER + row(3).strip() + ",\n", "row 2: 786 columns, not 785"),
         (KAGGLE_HEADER + row(3, ""), "row 2, column pixel0: ''"),
+        (KAGGLE_HEADER + row(3)[2:] * 3, "row 2: 784 columns, not 785"),
         (KAGGLE_HEADER + row(3, "1" * 200_000), "row 2, column pixel0: '11111"),
     ],
 )
@@ -1100,7 +1104,7 @@ def test_train_writes_a_whole_run(trained):
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert 0 < float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
-    assert rm.load_checkpoint(folder / "best.pt")["recipe"]["dataset"] == "synthetic"
+    assert rm.load_checkpoint(folder / "best.pt")["recipe"].dataset == "synthetic"
 
 
 def test_evaluate_repeats_the_report(trained, capsys):
@@ -1151,6 +1155,27 @@ def test_pictures_are_treated_as_mnist_was(tmp_path):
     assert torch.equal(rm.read_image(tmp_path / "c.png"), mnist)
 
 
+def test_pictures_of_16_bits(tmp_path):
+    with Image.open(draw_seven(tmp_path / "8.png", "L", 230, 40)) as eight:
+        deep = Image.fromarray(np.asarray(eight).astype(np.uint16) * 250)
+    deep.save(tmp_path / "16.png")
+    one, other = (rm.read_image(tmp_path / name).int() for name in ("8.png", "16.png"))
+    assert (one - other).abs().max() < 16
+
+
+@pytest.mark.parametrize("size", [28, 600])
+@pytest.mark.parametrize("kind", ["white", "black", "specks"])
+def test_pictures_without_ink_are_refused(tmp_path, kind, size):
+    picture = Image.new("L", (size, size), 0 if kind == "black" else 255)
+    if kind == "specks":
+        picture = Image.new("L", (600, 600), 255)
+        picture.putpixel((10, 10), 0)
+        picture.putpixel((590, 590), 0)
+    picture.save(tmp_path / "x.png")
+    with pytest.raises(rm.UserError, match="shows no ink"):
+        rm.read_image(tmp_path / "x.png")
+
+
 def test_describe(tmp_path):
     done = run("describe", "--model", "resnet34", "--input", "rgb32", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -1176,6 +1201,40 @@ def test_resume_by_command_and_refusal_of_a_taken_folder(trained, tmp_path, monk
         assert rm.main(["--resume", "a", *mistake]) == 2
         assert mistake[0].strip("-").replace("-", "_") in capsys.readouterr().err.replace("-", "_")
     assert rm.main(["--resume", "a/best.pt"]) == 2
+
+
+def test_a_lengthened_run_that_is_stopped_stays_lengthened(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", "lenet5", "--quiet"]
+    assert rm.main([*TRAIN, *flags, "--epochs", "1", "--output-dir", "a"]) == 0
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rm, "train_one_epoch", stop)
+        assert rm.main(["--resume", "a", "--epochs", "3", "--quiet"]) == 130
+    assert rm.main(["--resume", "a", "--quiet"]) == 0
+    assert len(rm.load_checkpoint("a/last.pt")["rows"]) == 3
+
+
+@pytest.mark.parametrize("kept", ["best.pt", "last.pt", "history.csv", "report.txt"])
+def test_no_file_of_another_run_is_overwritten(tmp_path, monkeypatch, capsys, kept):
+    monkeypatch.chdir(tmp_path)
+    Path("a").mkdir()
+    Path("a", kept).write_text("mine")
+    assert rm.main([*TRAIN, "--output-dir", "a"]) == 2
+    assert "a is taken" in capsys.readouterr().err
+    assert Path("a", kept).read_text() == "mine"
+    assert len(list(Path("a").iterdir())) == 1
+
+
+def test_closed_stdout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdout", None)
+    flags = ["--model", "lenet5", "--epochs", "1", "--output-dir", "a"]
+    assert rm.main([*TRAIN, *flags]) == 0
+    assert Path("a", "report.txt").exists()
 
 
 def test_show_opens_every_picture(trained, monkeypatch):
@@ -1260,7 +1319,7 @@ def test_mistakes_get_one_line_and_exit_code_2(tmp_path, trained, mistake):
 def test_weights_of_another_network_are_refused(tmp_path, trained, capsys):
     best = trained[0] / "runs" / "resnet18-gray28-synthetic-1" / "best.pt"
     checkpoint = rm.load_checkpoint(best)
-    checkpoint["recipe"]["model"] = "resnet34"
+    checkpoint["recipe"] = {**rm.asdict(checkpoint["recipe"]), "model": "resnet34"}
     torch.save(checkpoint, tmp_path / "other.pt")
     assert rm.main(["evaluate", str(tmp_path / "other.pt")]) == 2
     assert re.fullmatch(
