@@ -68,6 +68,12 @@ def be_the_program(arguments, cwd, out, err):
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """For tests of something else: pictures take seconds."""
+    monkeypatch.setattr(rm, "visualize_results", lambda *_: None)
+
+
 def run(*arguments, cwd):
     """Run the program as a user does, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
@@ -715,7 +721,7 @@ def test_recipes_are_listed(capsys):
     assert max(map(len, printed.splitlines())) <= 80
 
 
-def test_flags_win_over_the_recipe(tmp_path, monkeypatch, capsys):
+def test_flags_win_over_the_recipe(tmp_path, monkeypatch, capsys, no_pictures):
     monkeypatch.chdir(tmp_path)
     flags = ["--recipe", "adam", "--lr", "0.02", "--optimizer", "rmsprop", "--model", "lenet5"]
     assert rm.main([*TRAIN, *flags, "--epochs", "1", "--output-dir", "x", "--quiet"]) == 0
@@ -924,10 +930,10 @@ def test_weights_that_cannot_be_had(tmp_path, monkeypatch):
         rm.load_weights(rm.resnet18(), "resnet18", str(tmp_path / "text.pth"))
 
 
-def test_frozen_parts_stay_as_they_are(tmp_path, trained, monkeypatch, capsys):
+def test_frozen_parts_stay_as_they_are(tmp_path, trained, monkeypatch, capsys, no_pictures):
     monkeypatch.chdir(tmp_path)
     start = next((trained[0] / "runs").iterdir()) / "best.pt"
-    flags = ["--weights", str(start), "--freeze", "conv1", "bn1", "layer1"]
+    flags = ["--weights", str(start), "--freeze", "conv1", "bn1", "layer1", "--limit", "128"]
     assert rm.main([*TRAIN, *flags, "--epochs", "1", "--output-dir", "x"]) == 0
     assert "122 of 122 tensors of" in capsys.readouterr().out
     before, last = rm.load_checkpoint(start)["model"], rm.load_checkpoint(tmp_path / "x/last.pt")
@@ -1183,7 +1189,9 @@ def test_describe(tmp_path):
     assert "3×32×32" in done.stdout
 
 
-def test_resume_by_command_and_refusal_of_a_taken_folder(trained, tmp_path, monkeypatch, capsys):
+def test_resume_by_command_and_refusal_of_a_taken_folder(
+    trained, tmp_path, monkeypatch, capsys, no_pictures
+):
     monkeypatch.chdir(tmp_path)
     assert rm.main([*TRAIN, "--epochs", "1", "--output-dir", "a", "--quiet"]) == 0
     report = (tmp_path / "a" / "report.txt").read_text()
@@ -1203,7 +1211,9 @@ def test_resume_by_command_and_refusal_of_a_taken_folder(trained, tmp_path, monk
     assert rm.main(["--resume", "a/best.pt"]) == 2
 
 
-def test_a_lengthened_run_that_is_stopped_stays_lengthened(tmp_path, monkeypatch, capsys):
+def test_a_lengthened_run_that_is_stopped_stays_lengthened(
+    tmp_path, monkeypatch, capsys, no_pictures
+):
     monkeypatch.chdir(tmp_path)
     flags = ["--model", "lenet5", "--quiet"]
     assert rm.main([*TRAIN, *flags, "--epochs", "1", "--output-dir", "a"]) == 0
@@ -1229,7 +1239,7 @@ def test_no_file_of_another_run_is_overwritten(tmp_path, monkeypatch, capsys, ke
     assert len(list(Path("a").iterdir())) == 1
 
 
-def test_closed_stdout(tmp_path, monkeypatch):
+def test_closed_stdout(tmp_path, monkeypatch, no_pictures):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdout", None)
     flags = ["--model", "lenet5", "--epochs", "1", "--output-dir", "a"]
