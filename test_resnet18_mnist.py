@@ -677,7 +677,7 @@ def test_label_smoothing_is_in_the_training_loss():
 
 
 def test_history_holds_what_other_scripts_log(tmp_path):
-    recipe = rm.replace(rm.RECIPES["adam"], epochs=2)
+    recipe = rm.replace(rm.RECIPES["adam"], epochs=2, precision="fp32")
     loader = digits_loader(204, 2)
     trainer = rm.ResNetTrainer(LinearModel(), "cpu", recipe, tmp_path, quiet=True)
     history = trainer.train(loader, loader)
@@ -691,7 +691,7 @@ def test_history_holds_what_other_scripts_log(tmp_path):
 
 
 def test_training_images_are_tested_without_augmentation():
-    recipe = rm.Recipe(epochs=1, test_train=True, lr=1e-9)
+    recipe = rm.Recipe(epochs=1, test_train=True, lr=1e-9, precision="fp32")
     model, loader = LinearModel(), digits_loader(256, augment=True, shuffle=True)
     trainer = rm.ResNetTrainer(model, "cpu", recipe, quiet=True)
     history = trainer.train(loader, loader)
