@@ -1260,6 +1260,8 @@ def test_show_opens_every_picture(trained, monkeypatch):
 def test_ctrl_c_prints_the_command_that_resumes(tmp_path):
     arguments = [sys.executable, str(SCRIPT), *TRAIN, "--epochs", "99", "--output-dir", "x"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # Where the tests run in the background, the signal may be ignored, and children inherit that.
+    pipes["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(arguments, cwd=tmp_path, **pipes) as process:
         for line in process.stdout:
             if line.startswith("epoch"):
