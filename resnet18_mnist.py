@@ -318,10 +318,6 @@ STATISTICS = {"mnist": (0.1307, 0.3081), "kaggle": (0.1310, 0.3085), "none": (0.
 Digits = namedtuple("Digits", "name train_images train_labels test_images test_labels")
 
 
-class DataMissing(UserError):
-    """None of MNIST's files is there, and none could be downloaded."""
-
-
 def read_mnist(data_dir: str | Path) -> Digits:
     """Read MNIST from ``data_dir``/MNIST/raw; download, and check the MD5 of, what is missing.
 
@@ -337,65 +333,6 @@ def read_mnist(data_dir: str | Path) -> Digits:
         if part.data.shape != (count, 28, 28) or part.targets.max() > 9:
             raise UserError(f"{name}-images and {name}-labels in {raw} do not fit each other")
     return Digits("mnist", train.data, train.targets, test.data, test.targets)
-
-
-def explain_failure(raw: Path, error: Exception) -> UserError:
-    """Find the file that made torchvision fail with ``error``."""
-    mnist, missing = datasets.mnist, []
-    for name, md5 in datasets.MNIST.resources:
-        packed, unpacked = raw / name, raw / name.removesuffix(".gz")
-        try:
-            if unpacked.is_file():
-                (mnist.read_image_file if "images" in name else mnist.read_label_file)(unpacked)
-        except Exception:  # whatever torchvision makes of arbitrary bytes
-            return UserError(f"{unpacked} is damaged: delete it, and it is made again")
-        if not packed.is_file():
-            missing.append(name)
-        elif not mnist.check_integrity(packed, md5):
-            return UserError(f"{packed} is damaged (wrong MD5) and cannot be downloaded")
-    if isinstance(error, OSError) and error.strerror:
-        return UserError(f"MNIST cannot be brought to {raw}: {error.strerror}")
-    kind = UserError if any(raw.glob("*-ubyte*")) else DataMissing
-    reason = str(error).strip().rpartition("\n")[2]
-    return kind(f"MNIST cannot be downloaded ({reason}); put {', '.join(missing)} into {raw}")
-
-
-def draw_synthetic_digits(seed: int, train_size: int = 6000, test_size: int = 1000) -> Digits:
-    """Draw digits of random font, size, place, rotation and stroke, with matplotlib's fonts."""
-    import matplotlib
-
-    symbols = ("Display", "LastResort", "NonUni", "Siz", "cmex", "cmmi", "cmsy")  # hold no digits
-    paths = sorted(Path(matplotlib.get_data_path(), "fonts", "ttf").glob("*.ttf"))
-    paths = [path for path in paths if not any(name in path.name for name in symbols)]
-    fonts = [ImageFont.truetype(path, size) for path in paths for size in range(32, 51, 3)]
-    rng = random.Random(seed)
-
-    def draw(digit: int) -> Tensor:
-        canvas = Image.new("L", (56, 56))  # twice too large: shrinking smooths the edges
-        place, stroke = (rng.uniform(22, 34), rng.uniform(22, 34)), rng.randint(0, 2)
-        pen = ImageDraw.Draw(canvas)
-        pen.text(place, str(digit), 255, rng.choice(fonts), anchor="mm", stroke_width=stroke)
-        canvas = canvas.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR)
-        return TF.pil_to_tensor(canvas.reduce(2))[0]
-
-    labels = torch.arange(train_size + test_size) % 10
-    images = torch.stack([draw(digit) for digit in labels.tolist()])
-    n = train_size
-    return Digits("synthetic", images[:n], labels[:n], images[n:], labels[n:])
-
-
-def load_digits(dataset: str, data_dir: str | Path, seed: int) -> Digits:
-    """Load "mnist", "synthetic", or "auto": MNIST, and where it is missing synthetic digits."""
-    if dataset not in ("auto", "mnist", "synthetic"):
-        raise ValueError(f"dataset {dataset!r} is none of auto, mnist, synthetic")
-    if dataset != "synthetic":
-        try:
-            return read_mnist(data_dir)
-        except DataMissing as error:
-            if dataset == "mnist":
-                raise
-            print(f"WARNING: {error}.\nGoing on with SYNTHETIC digits.", file=sys.stderr)
-    return draw_synthetic_digits(seed)
 
 
 def split_by_class(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -528,6 +465,69 @@ class MNISTDataLoader:
     def get_data_loaders(self) -> tuple[Batches, Batches]:
         """Return (train, test)."""
         return self.train, self.test
+
+
+def load_digits(dataset: str, data_dir: str | Path, seed: int) -> Digits:
+    """Load "mnist", "synthetic", or "auto": MNIST, and where it is missing synthetic digits."""
+    if dataset not in ("auto", "mnist", "synthetic"):
+        raise ValueError(f"dataset {dataset!r} is none of auto, mnist, synthetic")
+    if dataset != "synthetic":
+        try:
+            return read_mnist(data_dir)
+        except DataMissing as error:
+            if dataset == "mnist":
+                raise
+            print(f"WARNING: {error}.\nGoing on with SYNTHETIC digits.", file=sys.stderr)
+    return draw_synthetic_digits(seed)
+
+
+class DataMissing(UserError):
+    """None of MNIST's files is there, and none could be downloaded."""
+
+
+def explain_failure(raw: Path, error: Exception) -> UserError:
+    """Find the file that made torchvision fail with ``error``."""
+    mnist, missing = datasets.mnist, []
+    for name, md5 in datasets.MNIST.resources:
+        packed, unpacked = raw / name, raw / name.removesuffix(".gz")
+        try:
+            if unpacked.is_file():
+                (mnist.read_image_file if "images" in name else mnist.read_label_file)(unpacked)
+        except Exception:  # whatever torchvision makes of arbitrary bytes
+            return UserError(f"{unpacked} is damaged: delete it, and it is made again")
+        if not packed.is_file():
+            missing.append(name)
+        elif not mnist.check_integrity(packed, md5):
+            return UserError(f"{packed} is damaged (wrong MD5) and cannot be downloaded")
+    if isinstance(error, OSError) and error.strerror:
+        return UserError(f"MNIST cannot be brought to {raw}: {error.strerror}")
+    kind = UserError if any(raw.glob("*-ubyte*")) else DataMissing
+    reason = str(error).strip().rpartition("\n")[2]
+    return kind(f"MNIST cannot be downloaded ({reason}); put {', '.join(missing)} into {raw}")
+
+
+def draw_synthetic_digits(seed: int, train_size: int = 6000, test_size: int = 1000) -> Digits:
+    """Draw digits of random font, size, place, rotation and stroke, with matplotlib's fonts."""
+    import matplotlib
+
+    symbols = ("Display", "LastResort", "NonUni", "Siz", "cmex", "cmmi", "cmsy")  # hold no digits
+    paths = sorted(Path(matplotlib.get_data_path(), "fonts", "ttf").glob("*.ttf"))
+    paths = [path for path in paths if not any(name in path.name for name in symbols)]
+    fonts = [ImageFont.truetype(path, size) for path in paths for size in range(32, 51, 3)]
+    rng = random.Random(seed)
+
+    def draw(digit: int) -> Tensor:
+        canvas = Image.new("L", (56, 56))  # twice too large: shrinking smooths the edges
+        place, stroke = (rng.uniform(22, 34), rng.uniform(22, 34)), rng.randint(0, 2)
+        pen = ImageDraw.Draw(canvas)
+        pen.text(place, str(digit), 255, rng.choice(fonts), anchor="mm", stroke_width=stroke)
+        canvas = canvas.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR)
+        return TF.pil_to_tensor(canvas.reduce(2))[0]
+
+    labels = torch.arange(train_size + test_size) % 10
+    images = torch.stack([draw(digit) for digit in labels.tolist()])
+    n = train_size
+    return Digits("synthetic", images[:n], labels[:n], images[n:], labels[n:])
 
 
 # %% 3. Device
@@ -1683,6 +1683,7 @@ def command_predict(args: argparse.Namespace, given: dict) -> None:
     for name, probability, label in zip(args.images, best.values, best.indices, strict=True):
         print(f"{label}  {100 * probability:6.2f} %  {name}")
         shown = os.fsencode(Path(name).name).decode(errors="replace")
+        shown = shown if len(shown) < 20 else f"{shown[:8]}...{shown[-8:]}"
         captions.append(f"{shown}\n{label}, {100 * probability:.1f} %")
     title = f"as {trainer.recipe.model}, trained on {trainer.recipe.dataset}, saw and read them"
     figure = plot_digits(digits[:, None], captions, [False] * len(digits), title)
