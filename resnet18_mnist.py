@@ -25,7 +25,7 @@ The sections, each a notebook cell, and the sections above that each one needs:
     8  Own networks  to compare with, and weights to start from              0 to 5
     9  Command line  train, evaluate, predict, describe                      0 to 8
 
-Who stops after section 5 has read the whole idea.
+Whoever stops after section 5 has read the whole idea.
 
 Sources
     He, Zhang, Ren, Sun 2015a  Deep Residual Learning for Image Recognition  arXiv:1512.03385
@@ -266,7 +266,7 @@ def list_layers(model: nn.Module, image: Tensor) -> list[Layer]:
         live = 1.0
         if isinstance(layer, nn.Conv2d):
             # Of the nine weights of a 3×3 kernel on a 1×1 map, eight lie on the padding: they
-            # are dead. On any map, those are that do so at every stop of the kernel.
+            # are dead. On any map, those weights are that lie there at every stop of the kernel.
             window = layer.kernel_size, layer.dilation, layer.padding, layer.stride
             live = F.unfold(torch.ones_like(x[:, :1]), *window).amax(dim=2).mean().item()
         flops = counter.get_flop_counts().get(f"{type(model).__name__}.{name}", {})

@@ -97,16 +97,20 @@ def write_idx(path: Path, array: torch.Tensor) -> None:
     path.write_bytes(header + array.to(torch.uint8).numpy().tobytes())
 
 
-@pytest.fixture
-def mnist_dir(tmp_path):
-    """A data folder in torchvision's layout, with 130 training and 40 test images."""
+def write_mnist(data_dir: Path) -> Path:
+    """Write 130 training and 40 test images in torchvision's layout."""
     digits = rm.draw_synthetic_digits(1, 130, 40)
-    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw = data_dir / "MNIST" / "raw"
     write_idx(raw / "train-images-idx3-ubyte", digits.train_images)
     write_idx(raw / "train-labels-idx1-ubyte", digits.train_labels)
     write_idx(raw / "t10k-images-idx3-ubyte", digits.test_images)
     write_idx(raw / "t10k-labels-idx1-ubyte", digits.test_labels)
-    return tmp_path / "data"
+    return data_dir
+
+
+@pytest.fixture
+def mnist_dir(tmp_path):
+    return write_mnist(tmp_path / "data")
 
 
 def write_kaggle(digits: rm.Digits, folder: Path, train_rows: int) -> torch.Tensor:
@@ -1299,6 +1303,9 @@ MISTAKES = {
     "--device cuda:42": "there is no device 'cuda:42' here; there is ",
     "evaluate best.pt --data-dir x.txt --device tpu": "'tpu'",
     "--dataset mnist --data-dir none": "train-images-idx3-ubyte.gz",
+    "--data-dir damaged": "train-images-idx3-ubyte is damaged",
+    "--dataset kaggle --data-dir none": "train.csv",
+    "--dataset kaggle --data-dir kaggle": "train.csv, row 1",
     "--epochs many": "--epochs",
     "--batch-size 1": "batch_size",
     "--lr-factor 1": "lr_factor",
@@ -1307,6 +1314,11 @@ MISTAKES = {
     "--resume": "there is no run",
     "--resume nowhere": "nowhere",
     "evaluate y.pt": "y.pt",
+    "evaluate cut.pt": "cut.pt is damaged",
+    "evaluate other.pt": "other.pt holds the weights of another network",
+    "--resume cut.pt": "cut.pt is damaged",
+    "--weights y.pt --dataset synthetic": "y.pt",
+    "--weights other.pt --freeze layer7 --dataset synthetic": "layer7",
     "predict x.txt --checkpoint best.pt": "x.txt",
     "predict nothing.png --checkpoint best.pt": "nothing.png",
     "predict empty.png --checkpoint best.pt": "empty.png shows no ink",
@@ -1314,29 +1326,35 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_get_one_line_and_exit_code_2(tmp_path, trained, mistake):
-    (tmp_path / "x.txt").write_text("no picture")
-    (tmp_path / "y.pt").write_bytes(b"no checkpoint")
-    Image.new("L", (50, 50), 255).save(tmp_path / "empty.png")
+@pytest.fixture(scope="session")
+def bad_files(tmp_path_factory, trained):
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "x.txt").write_text("no picture")
+    (folder / "y.pt").write_bytes(b"no checkpoint")
+    (folder / "kaggle").mkdir()
+    (folder / "kaggle" / "train.csv").write_text("label,pixels\n1,2\n")
+    Image.new("L", (50, 50), 255).save(folder / "empty.png")
+    write_mnist(folder / "damaged")
+    path = folder / "damaged" / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-1000])
     best = trained[0] / "runs" / "resnet18-gray28-synthetic-1" / "best.pt"
-    (tmp_path / "best.pt").write_bytes(best.read_bytes())
-    done = run(*mistake.split(), cwd=tmp_path)
+    (folder / "best.pt").write_bytes(best.read_bytes())
+    (folder / "cut.pt").write_bytes(best.read_bytes()[:1_000_000])
+    checkpoint = rm.load_checkpoint(best)
+    checkpoint["recipe"] = {**rm.asdict(checkpoint["recipe"]), "model": "resnet34"}
+    torch.save(checkpoint, folder / "other.pt")
+    return folder
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_get_one_line_and_exit_code_2(bad_files, mistake):
+    before = {path for path in bad_files.rglob("*") if path.is_file()}
+    done = run(*mistake.split(), cwd=bad_files)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert MISTAKES[mistake] in done.stderr
     assert done.stderr.count("\n") == 1
-
-
-def test_weights_of_another_network_are_refused(tmp_path, trained, capsys):
-    best = trained[0] / "runs" / "resnet18-gray28-synthetic-1" / "best.pt"
-    checkpoint = rm.load_checkpoint(best)
-    checkpoint["recipe"] = {**rm.asdict(checkpoint["recipe"]), "model": "resnet34"}
-    torch.save(checkpoint, tmp_path / "other.pt")
-    assert rm.main(["evaluate", str(tmp_path / "other.pt")]) == 2
-    assert re.fullmatch(
-        "error: .*other.pt holds the weights of another network\n", capsys.readouterr().err
-    )
+    assert {path for path in bad_files.rglob("*") if path.is_file()} == before
 
 
 def test_without_mnist_and_network_auto_says_so_and_draws_digits(tmp_path, capsys):
@@ -1377,6 +1395,14 @@ def test_inline_metadata_and_requirements_are_equal():
 def test_readme_shows_what_describe_prints(arguments, capsys):
     assert rm.main(["describe", *arguments]) == 0
     assert capsys.readouterr().out.strip() in (HERE / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", rm.COMMANDS)
+def test_readme_names_every_flag(command):
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    flags = re.findall(r"--[a-z-]+", rm.make_parser(command).format_help())
+    missing = {flag for flag in flags if flag not in readme} - {"--help"}
+    assert {flag for flag in missing if flag.replace("--no-", "--") not in readme} == set()
 
 
 def test_import_has_no_side_effect_and_no_matplotlib(tmp_path):
