@@ -30,6 +30,7 @@ Whoever stops after section 5 has read the whole idea.
 Sources
     He, Zhang, Ren, Sun 2015a  Deep Residual Learning for Image Recognition  arXiv:1512.03385
     He, Zhang, Ren, Sun 2015b  Delving Deep into Rectifiers                  arXiv:1502.01852
+    Simard et al. 2003         Best Practices for Convolutional Neural Networks
     Ioffe, Szegedy 2015        Batch Normalization                           arXiv:1502.03167
     Goyal et al. 2017          Accurate, Large Minibatch SGD                 arXiv:1706.02677
     LeCun, Cortes, Burges      The MNIST Database      http://yann.lecun.com/exdb/mnist/
@@ -66,9 +67,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, models
 from torchvision.transforms.v2 import functional as TF
@@ -91,7 +95,21 @@ class UserError(Exception):
 def conv3x3(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
     """3×3 convolution with padding 1: (N, in, H, W) → (N, out, ⌈H/stride⌉, ⌈W/stride⌉)."""
     # No bias: the batch norm behind it subtracts the mean, and a bias with it (Ioffe 2015, 3.2).
-    return nn.Conv2d(in_planes, out_planes, 3, stride=stride, padding=1, bias=False)
+    return Conv3x3(in_planes, out_planes, 3, stride=stride, padding=1, bias=False)
+
+
+class Conv3x3(nn.Conv2d):
+    """nn.Conv2d, with a short cut for training on maps so small that the kernel has one stop."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution of x (N, in, H, W)."""
+        height, width = x.shape[2:]
+        if not self.training or max(height, width) > self.stride[0]:
+            return super().forward(x)
+        # On a 1×1 map, or with stride 2 on 2×2, most of the nine taps meet only padding. Without
+        # them it is a matrix product, of the same terms and in two thirds of the time.
+        taps = self.weight[:, :, 1 : 1 + height, 1 : 1 + width]
+        return F.linear(x.flatten(1), taps.flatten(1))[:, :, None, None]
 
 
 def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
@@ -157,6 +175,14 @@ class Bottleneck(nn.Module):
         return self.relu(residual + shortcut)
 
 
+class NoShortcut(nn.Module):
+    """In place of a shortcut, it makes the network a plain one (fig. 3 middle)."""
+
+    def forward(self, x: Tensor) -> float:
+        """Return 0, whatever x is."""
+        return 0.0
+
+
 STEMS = ("imagenet", "cifar")
 
 
@@ -165,7 +191,8 @@ class ResNet(nn.Module):
 
     The "imagenet" stem, a 7×7 with stride 2 and a max-pool, reduces each side to a quarter. The
     "cifar" stem, a 3×3 with stride 1, keeps every pixel of a small image, as the first layer of
-    the paper's networks for CIFAR-10 does (He 2015a, 4.2).
+    the paper's networks for CIFAR-10 does (He 2015a, 4.2). With ``plain`` the same layers have no
+    shortcuts: what these do shows in what such a network cannot learn.
     """
 
     def __init__(
@@ -175,11 +202,13 @@ class ResNet(nn.Module):
         num_classes: int = 10,
         input_channels: int = 1,
         stem: str = "imagenet",
+        plain: bool = False,
     ):
         super().__init__()
         if stem not in STEMS:
             raise ValueError(f"stem {stem!r} is none of {STEMS}")
         self.inplanes = 64  # channels that the next block receives
+        self.plain = plain
         if stem == "imagenet":
             self.conv1 = nn.Conv2d(input_channels, 64, 7, stride=2, padding=3, bias=False)
         else:
@@ -199,14 +228,16 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def _make_layer(self, block, planes: int, blocks: int, stride: int = 1) -> nn.Sequential:
-        outplanes, downsample = planes * block.expansion, None
-        if stride != 1 or self.inplanes != outplanes:
+        outplanes = planes * block.expansion
+        identity = downsample = NoShortcut() if self.plain else None
+        if not self.plain and (stride != 1 or self.inplanes != outplanes):
             # A projection where the shape changes, the identity elsewhere (He 2015a, 4.1, B).
             projection = conv1x1(self.inplanes, outplanes, stride)
             downsample = nn.Sequential(projection, nn.BatchNorm2d(outplanes))
         first = block(self.inplanes, planes, stride, downsample)
         self.inplanes = outplanes
-        return nn.Sequential(first, *(block(outplanes, planes) for _ in range(blocks - 1)))
+        others = (block(outplanes, planes, downsample=identity) for _ in range(blocks - 1))
+        return nn.Sequential(first, *others)
 
     def get_feature_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Return the output of the stem and of each layer for images (N, C, H, W), and their mean.
@@ -229,7 +260,7 @@ class ResNet(nn.Module):
 
 
 # Which block, and how many of it in each layer (He 2015a, table 1). All take num_classes,
-# input_channels and stem.
+# input_channels, stem and plain.
 resnet18 = partial(ResNet, BasicBlock, [2, 2, 2, 2])
 resnet34 = partial(ResNet, BasicBlock, [3, 4, 6, 3])
 resnet50 = partial(ResNet, Bottleneck, [3, 4, 6, 3])
@@ -314,6 +345,8 @@ INPUTS = {"gray28": (1, 28), "rgb32": (3, 32), "rgb224": (3, 224)}  # channels, 
 # in Kaggle's train.csv.
 STATISTICS = {"mnist": (0.1307, 0.3081), "kaggle": (0.1310, 0.3085), "none": (0.0, 1.0)}
 
+TEST_BATCH = 250  # images a batch, where no gradients are kept: the fastest that was measured
+
 # Images (N, 28, 28) uint8, light ink on dark ground, with labels (N,) int64 from 0 to 9.
 Digits = namedtuple("Digits", "name train_images train_labels test_images test_labels")
 
@@ -345,21 +378,32 @@ def split_by_class(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Te
     return order[~held_out[order]], order[held_out[order]]
 
 
-def rotate_and_shift(
-    images: Tensor, draws: Tensor, degrees: float = 10, shift: float = 0.1
-) -> Tensor:
-    """Turn each image (N, C, H, W) by up to ``degrees``, move it by up to ``shift`` of its side.
+Distortion = namedtuple("Distortion", "rotate shift stretch elastic", defaults=(0, 0, 0, 0))
 
-    Each by its own draw, a row of ``draws`` (N, 3) in [-1, 1): torchvision's transforms give one
-    draw to a whole batch (its issue 8484). What moves in from outside is 0, background.
+
+def distort(images: Tensor, draws: list[Tensor], by: Distortion) -> Tensor:
+    """Turn, move, stretch and bend each image (N, C, H, W), at random and by so much at most.
+
+    ``by`` has degrees, and parts of the side for the rest. Each image has draws of its own in
+    [-1, 1), a row of each of three (N, 3), (N, 3), (N, 72): torchvision's transforms give one to
+    a whole batch (its issue 8484). What moves in from outside is 0, background.
     """
-    angle = draws[:, 0] * math.radians(degrees)
+    place, stretch, pull = draws
+    angle = place[:, 0] * math.radians(by.rotate)
     cos, sin = angle.cos(), angle.sin()
     # theta = [cos -sin dx; sin cos dy] takes the place of an output pixel to that of the input
     # pixel that it copies, where the image goes from -1 to 1.
-    dx, dy = 2 * shift * draws[:, 1:].T
+    dx, dy = 2 * by.shift * place[:, 1:].T
     theta = torch.stack([cos, -sin, dx, sin, cos, dy], dim=1).view(-1, 2, 3)
+    if by.stretch:
+        wide, slant, high = by.stretch * stretch.T
+        zero = torch.zeros_like(wide)
+        theta = theta + torch.stack([wide, slant, zero, zero, high, zero], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    if by.elastic:  # pull at 6×6 points and bend what lies between, after Simard et al. 2003
+        pull = 2 * by.elastic * pull.view(-1, 2, 6, 6)
+        bend = F.interpolate(pull, size=images.shape[2:], mode="bicubic")
+        grid = grid + bend.permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, align_corners=False)
 
 
@@ -367,9 +411,8 @@ class Batches:
     """Digits on one device; iterating gives (images, labels) as a network wants them.
 
     ``images`` (N, 28, 28) uint8 become (batch_size, C, S, S) float, of the shape that ``input``
-    names and normalised; ``rotate`` (degrees) and ``shift`` (of the side) augment them. Order and
-    augmentation depend on seed and epoch alone, so that an epoch can be repeated. The last, short
-    batch is kept.
+    names and normalised; ``augment`` distorts them. Order and augmentation depend on seed and
+    epoch alone, so that an epoch can be repeated. The last, short batch is kept.
     """
 
     def __init__(
@@ -381,24 +424,33 @@ class Batches:
         normalize: str = "mnist",
         seed: int = 0,
         shuffle: bool = False,
-        rotate: float = 0,
-        shift: float = 0,
+        augment: Distortion | None = None,
     ):
         self.images, self.labels = images[:, None], labels  # (N, 1, 28, 28), (N,)
         self.channels, self.size = INPUTS[input]
         self.mean, self.std = STATISTICS[normalize]
-        self.seed, self.shuffle, self.rotate, self.shift = seed, shuffle, rotate, shift
-        self.epoch, self.cuts = 0, list(range(batch_size, len(labels), batch_size))
-        if self.cuts and len(labels) - self.cuts[-1] == 1:
-            self.cuts.pop()  # batch norm on a 1×1 map needs two images: a lone one joins the rest
+        self.batch_size, self.seed, self.shuffle, self.augment = batch_size, seed, shuffle, augment
+        self.epoch, self.rank, self.ranks = 0, 0, 1
 
     def __len__(self) -> int:
-        return len(self.cuts) + 1
+        return len(self._cuts()) + 1
 
-    def to(self, device: torch.device | str) -> Batches:
-        """Move the images to ``device``, once for all batches to come."""
+    def to(self, device: torch.device | str, rank: int = 0, ranks: int = 1) -> Batches:
+        """Move the images to ``device``, once for all batches to come.
+
+        Of ``ranks`` processes, each then gets its own part of every batch.
+        """
         self.images, self.labels = self.images.to(device), self.labels.to(device)
+        self.rank, self.ranks = rank, ranks
         return self
+
+    def _cuts(self) -> list[int]:
+        """Return where, in the order of an epoch, a new batch begins."""
+        cuts = list(range(self.batch_size, len(self.labels), self.batch_size))
+        # Batch norm on a 1×1 map needs two images: a last batch with fewer joins the one before.
+        if cuts and len(self.labels) - cuts[-1] < 2 * self.ranks:
+            cuts.pop()
+        return cuts
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order and the augmentation of the next iteration."""
@@ -410,12 +462,14 @@ class Batches:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         self.epoch += 1
         order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
-        draws = 2 * torch.rand(n, 3, generator=generator).to(device) - 1
-        for index in order.to(device).tensor_split(self.cuts):
+        draws = [2 * torch.rand(n, count, generator=generator) - 1 for count in (3, 3, 72)]
+        draws = [part.to(device) for part in draws] if self.augment else []
+        for index in order.to(device).tensor_split(self._cuts()):
+            index = index.tensor_split(self.ranks)[self.rank]
             x = TF.resize(self.images[index], [self.size, self.size], antialias=False)
             x = x.float() / 255  # (N, 1, S, S)
-            if self.rotate or self.shift:
-                x = rotate_and_shift(x, draws[index], self.rotate, self.shift)
+            if self.augment:
+                x = distort(x, [part[index] for part in draws], self.augment)
             x = (x - self.mean) / self.std
             yield x.expand(-1, self.channels, -1, -1), self.labels[index]
 
@@ -426,7 +480,7 @@ class MNISTDataLoader:
     ``val_size`` images (default: a twelfth, 5,000 of the 60,000) are held out of the training set.
     ``select_on="test"`` holds none out and makes ``.val`` the test set, as many scripts do; where
     there are no test labels, ``.test`` is ``.val`` and ``.unlabelled`` the test images (or None).
-    ``limit`` keeps so many training images.
+    ``limit`` keeps so many training images, ``augment`` distorts them (True: a little).
     """
 
     def __init__(
@@ -439,9 +493,7 @@ class MNISTDataLoader:
         val_size: int | None = None,
         select_on: str = "val",
         limit: int | None = None,
-        augment: bool = False,
-        rotate: float = 10,
-        shift: float = 0.1,
+        augment: bool | Distortion = False,
         seed: int = 0,
     ):
         digits = load_digits(dataset, data_dir, seed) if isinstance(dataset, str) else dataset
@@ -453,12 +505,13 @@ class MNISTDataLoader:
         if select_on != "test" and not 0 < val_size <= len(labels) - 2:
             raise UserError(f"--val-size {val_size} does not fit {len(labels)} training images")
         train, val = split_by_class(labels, val_size, seed)
-        train, common = train[:limit], (batch_size, input, normalize, seed)
-        how = {"rotate": rotate, "shift": shift} if augment else {}
-        self.train = Batches(images[train], labels[train], *common, shuffle=True, **how)
-        self.val = Batches(images[val], labels[val], *common) if val_size else None
+        train, common = train[:limit], (input, normalize, seed)
+        augment = Distortion(10, 0.1) if augment is True else augment or None
+        learn = batch_size, *common, True, augment
+        self.train = Batches(images[train], labels[train], *learn)
+        self.val = Batches(images[val], labels[val], TEST_BATCH, *common) if val_size else None
         labelled = test[1] is not None
-        self.test = Batches(*test, *common) if labelled else self.val
+        self.test = Batches(*test, TEST_BATCH, *common) if labelled else self.val
         self.val = self.val or self.test
         self.unlabelled = None if labelled else test[0]
 
@@ -580,13 +633,66 @@ def autocast(device: torch.device | str, precision: str) -> torch.autocast:
     return torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16")
 
 
+# torchrun starts a program several times, perhaps on several machines. Each process, a "rank",
+# trains on its part of every batch, and all of them take the same step: the sum of their
+# gradients. All that the ranks have to tell each other is here.
+
+
+def join_ranks(device: torch.device) -> torch.device:
+    """Join the processes that torchrun started, if it did; return this one's device."""
+    if not dist.is_torchelastic_launched():
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def rank_and_ranks() -> tuple[int, int]:
+    """Return which process this is, and how many there are: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(content) -> list:
+    """Return what each rank gave: numbers, text, tensors on the CPU, or lists of these."""
+    contents = [content] * rank_and_ranks()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(contents, content)
+    return contents
+
+
+def weigh(images: int, device: torch.device | str) -> Tensor | float:
+    """Return the weight of this rank's part of a batch, in a mean over ranks, for one over images.
+
+    1 where all have as many.
+    """
+    if not dist.is_initialized():
+        return 1.0
+    total = torch.tensor(float(images), device=device)
+    dist.all_reduce(total)
+    return images * dist.get_world_size() / total
+
+
+def share_statistics(model: nn.Module) -> None:
+    """Give all ranks the first one's running statistics, for tests in which all take part.
+
+    In training each rank normalises by its own part of the batch, as DistributedDataParallel has
+    it, and the first one's running statistics count.
+    """
+    if dist.is_initialized():
+        for statistic in model.buffers():
+            dist.broadcast(statistic, 0)
+
+
 # %% 4. Recipe
 
 DATASETS = ("auto", "mnist", "synthetic", "kaggle")
 SCHEDULERS = ("plateau", "step", "cosine", "onecycle", "none")
 PER_UPDATE = ("cosine", "onecycle")  # these change the rate within an epoch
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
-OPTIMIZERS |= {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
+OPTIMIZERS = {"sgd": torch.optim.SGD, "nesterov": partial(torch.optim.SGD, nesterov=True)}
+OPTIMIZERS |= {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+OPTIMIZERS |= {"rmsprop": torch.optim.RMSprop}
 
 
 def option(
@@ -615,6 +721,7 @@ class Recipe:
     model: str = option("resnet18", "network: resnet18, 34, 50, 101, 152, lenet5, simple_cnn, ...")
     input: str = option("gray28", "1×28×28, 3×32×32 or 3×224×224 pixels", tuple(INPUTS))
     stem: str = option("auto", "auto: imagenet for gray28 and rgb224", ("auto", *STEMS))
+    plain: bool = option(False, "the same layers without shortcuts, to see what these do")
     weights: str | None = option(
         None, "start from: imagenet, or a file of weights", type=str, metavar="FILE"
     )
@@ -628,27 +735,32 @@ class Recipe:
     )
     select_on: str = option("val", "the set that selects; test is optimistic", ("val", "test"))
     limit: int | None = option(None, "images to train on (default: all)", low=2, type=int)
-    augment: bool = option(True, "turn and shift the training images at random")
+    augment: bool = option(True, "distort the training images at random, as these four say")
     rotate: float = option(10.0, "degrees to turn them by, at most", low=0, high=181)
     shift: float = option(0.1, "part of the side to shift them by, at most", low=0, high=1)
+    stretch: float = option(0.0, "part to stretch and slant them by, at most", low=0, high=1)
+    elastic: float = option(0.0, "part of the side to bend them by, at most", low=0, high=1)
     epochs: int = option(10, "passes over the training images (early stopping may end it)", low=1)
-    batch_size: int = option(128, "images a batch", low=2)
+    batch_size: int = option(128, "images a batch, over all processes", low=2)
     accumulate: int = option(1, "batches whose gradients make one update", low=1)
     label_smoothing: float = option(0.0, "probability given to all digits alike", low=0, high=1)
     optimizer: str = option("sgd", "what makes an update of a gradient", tuple(OPTIMIZERS))
     lr: float = option(0.01, "learning rate; the highest, for onecycle", low=0)
-    momentum: float = option(0.9, "momentum of sgd", low=0, high=1)
+    momentum: float = option(0.9, "momentum of sgd and nesterov", low=0, high=1)
     weight_decay: float = option(5e-4, "weight decay, of all parameters", low=0)
     scheduler: str = option("plateau", "what changes the learning rate", SCHEDULERS)
     lr_factor: float = option(0.3, "factor to it at a plateau or a step", low=0, high=1)
     lr_patience: int = option(0, "plateau: bad epochs before the rate falls", low=0)
     lr_step: int = option(5, "step: epochs from one to the next", low=1)
+    ema: float = option(0.0, "test a mean of weights that keeps so much a step", low=0, high=1)
     patience: int = option(5, "bad epochs, without a lower loss, that end the run", low=1)
     test_train: bool = option(False, "after each epoch, test on the training images too")
     seed: int = option(0, "fixes split, initial weights, order and augmentation", low=0)
     precision: str = option(
         "auto", "auto: bf16 where it is known to be fast", ("auto", "fp32", "bf16")
     )
+    compile: bool = option(False, "let torch.compile make the training step faster")
+    deterministic: bool = option(False, "the same numbers again on a GPU too, more slowly")
 
     def __post_init__(self):
         for setting in fields(self):
@@ -683,16 +795,13 @@ RECIPES = {
 # down all that is needed to go on as if nothing had happened.
 
 
-def mean_loss(losses: list[Tensor], sizes: list[int]) -> float:
-    """Return the mean over the images of batches of these losses and sizes.
-
-    Raises FloatingPointError that names the first step whose loss is not finite.
-    """
+def check_finite(losses: list[Tensor]) -> Tensor:
+    """Return the losses as one tensor; raise FloatingPointError if one is not finite."""
     values = torch.stack(losses).cpu()
     if not values.isfinite().all():
         step = values.isfinite().int().argmin().item()
         raise FloatingPointError(f"the loss became {values[step].item()} at step {step + 1}")
-    return (values * torch.tensor(sizes)).sum().item() / sum(sizes)
+    return values
 
 
 def train_one_epoch(
@@ -703,15 +812,15 @@ def train_one_epoch(
     precision: str = "fp32",
     accumulate: int = 1,
     label_smoothing: float = 0,
-    after_update: Callable[[], None] | None = None,
+    after_update: Sequence[Callable[[], None]] = (),
     title: str | None = None,
 ) -> dict:
     """Go through the loader once; return loss (mean, nats), accuracy (%) and images_per_second.
 
     Loss and accuracy are of the batches as the model met them, still learning: they may be worse
-    than in a test right after. Also returns batch_losses, of every 50th batch. ``after_update``
-    is for a learning rate that changes within the epoch. With a ``title`` it shows how it goes:
-    one live line on a terminal, a line every 100 batches in a pipe.
+    than in a test right after. Also returns batch_losses, of every 50th batch; ``after_update`` is
+    for what follows the weights within the epoch, such as a learning rate. With a ``title`` it
+    shows how it goes: one live line on a terminal, a line every 100 batches in a pipe.
 
     Raises FloatingPointError where a loss is no longer finite.
     """
@@ -729,28 +838,31 @@ def train_one_epoch(
         # An update's gradient is the mean over its group of batches; the last group may be short.
         first = step // accumulate * accumulate
         group = min(accumulate, len(loader) - first)
-        (loss / group).backward()
+        (loss / group * weigh(len(labels), device)).backward()
         if step + 1 == first + group:
             optimizer.step()
             optimizer.zero_grad()
-            if after_update:
-                after_update()
+            for follow in after_update:
+                follow()
         sizes.append(len(labels))
         losses.append(loss.detach())
         correct.append((logits.argmax(dim=1) == labels).sum())
 
         now = time.perf_counter()
         if (step + 1) % 100 == 0 or (title and sys.stdout.isatty() and now - shown > 0.2):
-            shown, loss_so_far = now, mean_loss(losses, sizes)
+            shown, loss_so_far = now, check_finite(losses).mean()
             if title:
                 speed, left = sum(sizes) / (now - started), len(loader) / (step + 1) - 1
                 line = f"{title}  batch {step + 1}/{len(loader)}  loss {loss_so_far:.4f}  "
                 show_progress(f"{line}{speed:,.0f} images/s  {left * (now - started):.0f} s left")
+    images = torch.tensor(sizes)  # (steps,), as are the others
+    table = torch.stack([check_finite(losses) * images, torch.stack(correct).cpu(), images])
+    losses, correct, images = sum(gather(table))  # over the ranks
     return {
-        "loss": mean_loss(losses, sizes),
-        "accuracy": 100 * torch.stack(correct).sum().item() / sum(sizes),
-        "batch_losses": torch.stack(losses[::50]).tolist(),
-        "images_per_second": sum(sizes) / (time.perf_counter() - started),
+        "loss": (losses.sum() / images.sum()).item(),
+        "accuracy": (100 * correct.sum() / images.sum()).item(),
+        "batch_losses": (losses / images)[::50].tolist(),
+        "images_per_second": images.sum().item() / (time.perf_counter() - started),
     }
 
 
@@ -781,7 +893,9 @@ def evaluate(
     with autocast(device, precision):
         outputs = [(model(images.to(device)), labels) for images, labels in loader]
     model.train(training)
-    logits, labels = (torch.cat(part).cpu() for part in zip(*outputs, strict=True))
+    ranks = gather([(logits.cpu(), labels.cpu()) for logits, labels in outputs])
+    outputs = [part for batch in zip(*ranks, strict=True) for part in batch]  # in their order
+    logits, labels = (torch.cat(part) for part in zip(*outputs, strict=True))
     logits, predictions = logits.float(), logits.argmax(dim=1)
     return {
         "loss": F.cross_entropy(logits, labels).item(),
@@ -819,7 +933,7 @@ class EarlyStopping:
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Return the recipe's optimizer for those parameters that are not frozen."""
     weights = [p for p in model.parameters() if p.requires_grad]
-    options = {"momentum": recipe.momentum} if recipe.optimizer == "sgd" else {}
+    options = {"momentum": recipe.momentum} if recipe.optimizer in ("sgd", "nesterov") else {}
     kind = OPTIMIZERS[recipe.optimizer]
     return kind(weights, lr=recipe.lr, weight_decay=recipe.weight_decay, **options)
 
@@ -930,6 +1044,7 @@ class ResNetTrainer:
         self.precision = pick_precision(self.recipe.precision, self.device)
         # The layout that cuDNN and oneDNN prefer: it saves a transposition a convolution.
         self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.average = None
 
     def train(self, train_loader, val_loader=None, resume: dict | None = None, **overrides) -> dict:
         """Train; end on the weights of the best epoch, in eval mode; return the history.
@@ -946,22 +1061,30 @@ class ResNetTrainer:
         self.optimizer = make_optimizer(self.model, recipe)
         updates = math.ceil(len(train_loader) / recipe.accumulate)
         self.scheduler = make_scheduler(self.optimizer, recipe, updates)
+        if recipe.ema:
+            decay = get_ema_multi_avg_fn(recipe.ema)
+            self.average = AveragedModel(self.model, multi_avg_fn=decay, use_buffers=True)
         self.rows, stopping = [], EarlyStopping(recipe.patience)
         if resume:
             self._restore(resume)
             for row in self.rows:  # which is all the memory that early stopping needs
                 stopping.step(row["val_loss"])
+        network = self.model
+        if dist.is_initialized():
+            network = DistributedDataParallel(network)
+        if recipe.compile:
+            network = torch.compile(network)
         if self.run_dir:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self._save()  # so that a run killed in its first epoch can be resumed as well
-        best_weights = copy.deepcopy(self.model.state_dict())
+        best_weights = copy.deepcopy(self._tested().state_dict())
         for loader in (train_loader, val_loader):
             if isinstance(loader, Batches):
-                loader.to(self.device)
+                loader.to(self.device, *rank_and_ranks())
         if not self.quiet:
             print(HEADER, flush=True)
         while len(self.rows) < recipe.epochs and not stopping.should_stop:
-            row = self._train_and_validate(train_loader, val_loader)
+            row = self._train_and_validate(network, train_loader, val_loader)
             if recipe.scheduler == "plateau":
                 self.scheduler.step(row["val_loss"])
             elif recipe.scheduler == "step":
@@ -969,7 +1092,7 @@ class ResNetTrainer:
             row["best"] = stopping.step(row["val_loss"])
             self.rows.append(row)
             if row["best"] and not self.run_dir:
-                best_weights = copy.deepcopy(self.model.state_dict())
+                best_weights = copy.deepcopy(self._tested().state_dict())
             if self.run_dir:
                 self._save()
             if not self.quiet:
@@ -980,18 +1103,25 @@ class ResNetTrainer:
             best_weights = load_checkpoint(self.run_dir / "best.pt")["model"]
         self.model.load_state_dict(best_weights)
         self.model.eval()
+        self.average = None  # the model has become what was to be tested
         return {name: [row[name] for row in self.rows] for name in self.rows[0]}
 
-    def _train_and_validate(self, train_loader, val_loader) -> dict:
+    def _tested(self) -> nn.Module:
+        """Return the network to be tested: the model, or in training the average of its weights."""
+        return self.average.module if self.average else self.model
+
+    def _train_and_validate(self, network: nn.Module, train_loader, val_loader) -> dict:
         epoch, started, recipe = len(self.rows) + 1, time.perf_counter(), self.recipe
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        after_update = self.scheduler.step if recipe.scheduler in PER_UPDATE else None
+        after_update = [self.scheduler.step] if recipe.scheduler in PER_UPDATE else []
+        if self.average:
+            after_update.append(partial(self.average.update_parameters, self.model))
         title = None if self.quiet else f"{epoch:5}/{recipe.epochs}"
         if hasattr(train_loader, "set_epoch"):
             train_loader.set_epoch(epoch)
         try:
             train = val = train_one_epoch(
-                self.model,
+                network,
                 train_loader,
                 self.optimizer,
                 self.device,
@@ -1001,13 +1131,14 @@ class ResNetTrainer:
                 after_update=after_update,
                 title=title,
             )
+            share_statistics(self._tested())
             if val_loader is not None:
                 val = self.test(val_loader)
             after = None
             if recipe.test_train:
                 plain = copy.copy(train_loader)
                 if isinstance(plain, Batches):
-                    plain.rotate = plain.shift = 0  # no augmentation
+                    plain.augment = None
                 after = self.test(plain)["accuracy"]
             if not math.isfinite(val["loss"]):
                 raise FloatingPointError(f"the validation loss became {val['loss']}")
@@ -1035,10 +1166,10 @@ class ResNetTrainer:
     def _save(self) -> None:
         """Write best.pt, history.csv, last.pt: a kill between two costs a repeat of the epoch."""
         latest = self.rows[-1] if self.rows else {}
-        recipe, weights = asdict(self.recipe), self.model.state_dict()
-        common = {"recipe": recipe, "metrics": latest, "rows": self.rows, "model": weights}
+        common = {"recipe": asdict(self.recipe), "metrics": latest, "rows": self.rows}
         if latest.get("best"):
-            save_checkpoint(self.run_dir / "best.pt", **common)
+            tested = self._tested().state_dict()
+            save_checkpoint(self.run_dir / "best.pt", **common, model=tested)
         table = io.StringIO()
         writer = csv.DictWriter(table, latest, lineterminator="\n")
         writer.writeheader()
@@ -1049,6 +1180,8 @@ class ResNetTrainer:
         save_checkpoint(
             self.run_dir / "last.pt",
             **common,
+            model=self.model.state_dict(),
+            average=self.average.state_dict() if self.average else {},
             optimizer=self.optimizer.state_dict(),
             scheduler=self.scheduler.state_dict(),
             random_states={
@@ -1060,7 +1193,8 @@ class ResNetTrainer:
     def _restore(self, checkpoint: dict) -> None:
         """Put all back as it was when this last.pt was written."""
         try:
-            for name in ("model", "optimizer", "scheduler"):
+            parts = ["model", "optimizer", "scheduler"] + ["average"] * bool(self.average)
+            for name in parts:
                 getattr(self, name).load_state_dict(checkpoint[name])
             for kind, (module, which) in self._random_generators().items():
                 if kind in checkpoint["random_states"]:
@@ -1078,7 +1212,7 @@ class ResNetTrainer:
 
     def test(self, test_loader) -> dict:
         """Return what evaluate() does: loss, accuracy, predictions, labels, probabilities."""
-        return evaluate(self.model, test_loader, self.device, self.precision)
+        return evaluate(self._tested(), test_loader, self.device, self.precision)
 
 
 def train_model(model: nn.Module, train_loader, val_loader=None, device=None, **options) -> dict:
@@ -1413,9 +1547,9 @@ def build_model(recipe: Recipe) -> nn.Module:
     if name in MODELS:
         stem = "cifar" if recipe.input == "rgb32" else "imagenet"
         stem = stem if recipe.stem == "auto" else recipe.stem
-        return MODELS[name](input_channels=channels, stem=stem)
-    if recipe.stem != "auto":
-        raise UserError(f"--stem is for ResNets; {name} has its own")
+        return MODELS[name](input_channels=channels, stem=stem, plain=recipe.plain)
+    if recipe.stem != "auto" or recipe.plain:
+        raise UserError(f"--stem and --plain are for ResNets, which {name} is not")
     if name in ("lenet5", "simple_cnn"):
         return {"lenet5": lenet5, "simple_cnn": simple_cnn}[name](input_channels=channels)
     if name not in models.list_models(models):
@@ -1551,8 +1685,10 @@ def claim_run_dir(output_dir: str | None, name: str) -> Path:
 
 def load_data(recipe: Recipe, data_dir: str) -> MNISTDataLoader:
     """Return the recipe's images: to train on, to select on and to test on."""
-    names = ("batch_size", "input", "normalize", "val_size", "select_on", "limit", "augment")
-    options = {name: getattr(recipe, name) for name in (*names, "rotate", "shift", "seed")}
+    names = ("batch_size", "input", "normalize", "val_size", "select_on", "limit", "seed")
+    options = {name: getattr(recipe, name) for name in names}
+    strength = [getattr(recipe, name) for name in Distortion._fields]
+    options["augment"] = recipe.augment and any(strength) and Distortion(*strength)
     digits = recipe.dataset
     if digits == "kaggle":
         train = read_kaggle(Path(data_dir, "train.csv"), labelled=True)
@@ -1611,22 +1747,33 @@ def command_train(args: argparse.Namespace, given: dict) -> None:
     """Train a ResNet on MNIST, test it, and draw how it went."""
     if args.recipe == "list":
         return list_recipes()
-    device = pick_device(args.device)
+    device = join_ranks(pick_device(args.device))
+    rank, ranks = rank_and_ranks()
+    args.quiet = args.quiet or rank > 0
     recipe, checkpoint, run_dir = start_or_resume(args, given)
+    if recipe.batch_size < 2 * ranks:
+        raise UserError(f"--batch-size {recipe.batch_size}: each of {ranks} processes needs two")
+    if recipe.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks for it
+        torch.use_deterministic_algorithms(True)
     torch.manual_seed(recipe.seed)
     model, loaded, fresh = build_model(recipe), "", []
     if recipe.weights is not None and not checkpoint:
         loaded, fresh = load_weights(model, recipe.model, recipe.weights)
     freeze(model, recipe.freeze, fresh)
-    data = load_data(recipe, args.data_dir)
+    for turn in (0, 1):  # the first of a machine's processes downloads what is missing
+        if (int(os.environ.get("LOCAL_RANK", 0)) > 0) == turn:
+            data = load_data(recipe, args.data_dir)
+        gather(None)
     recipe = replace(recipe, dataset=data.name)
     name = f"{recipe.model}-{recipe.input}-{recipe.dataset}"
-    run_dir = run_dir or claim_run_dir(args.output_dir, name)
+    run_dir = None if rank else run_dir or claim_run_dir(args.output_dir, name)
     trainer = ResNetTrainer(model, device, recipe, run_dir, args.quiet)
     if not args.quiet:
         train, val, test = (f"{len(part.labels):,}" for part in (data.train, data.val, data.test))
         parameters = sum(p.numel() for p in model.parameters())
-        print(f"device  {describe_device(device)}, {trainer.precision}")
+        processes = f", {ranks} processes" if ranks > 1 else ""
+        print(f"device  {describe_device(device)}, {trainer.precision}{processes}")
         print(f"data    {data.name}: {train} to train, {val} to select, {test} to test")
         print(f"model   {recipe.model} for {recipe.input}: {parameters:,} parameters")
         if loaded:
@@ -1644,7 +1791,10 @@ def command_train(args: argparse.Namespace, given: dict) -> None:
 def finish_run(trainer: ResNetTrainer, data: MNISTDataLoader, history: dict) -> None:
     """Test a trained network; write its report, pictures and, of Kaggle's files, the solution."""
     recipe, run_dir = trainer.recipe, trainer.run_dir
-    results = trainer.test(data.test.to(trainer.device))
+    results = trainer.test(data.test.to(trainer.device, *rank_and_ranks()))
+    if not run_dir:  # of several processes, the first one writes
+        return
+    data.test.to(trainer.device)
     report = make_report(recipe, load_checkpoint(run_dir / "best.pt")["metrics"], results)
     write_atomically(run_dir / "report.txt", report.encode())
     print(report if trainer.quiet else f"\n{report}")
@@ -1731,7 +1881,8 @@ def make_parser(command: str) -> argparse.ArgumentParser:
     operands = {"evaluate": "[RUN ...] ", "predict": "[IMAGE ...] "}.get(command, "")
     parser.usage = f"%(prog)s {operands}[flags]"
     add = parser.add_argument
-    flags = {"train": [f.name for f in fields(Recipe)], "describe": ["model", "input", "stem"]}
+    of_network = ["model", "input", "stem", "plain"]
+    flags = {"train": [f.name for f in fields(Recipe)], "describe": of_network}
     for setting in fields(Recipe):
         if setting.name not in flags.get(command, ()):
             continue
@@ -1785,12 +1936,18 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if not re.search("out of memory|can't allocate memory", str(error)):
+        if re.search("out of memory|can't allocate memory", str(error)):
+            print("error: out of memory; a smaller --batch-size needs less", file=sys.stderr)
+        elif dist.is_initialized() and re.search("by peer|NCCL", str(error)):
+            print("error: another process of this job has ended", file=sys.stderr)
+        else:
             raise
-        print("error: out of memory; a smaller --batch-size needs less", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 

@@ -211,6 +211,32 @@ def test_initial_weights_are_hes():
             assert bool((module.bias == 0).all())
 
 
+@pytest.mark.parametrize(("size", "stride"), [(1, 1), (1, 2), (2, 2)])
+def test_small_maps_take_a_short_cut_to_the_same_result(size, stride):
+    torch.manual_seed(0)
+    ours = rm.conv3x3(5, 7, stride)
+    x = torch.randn(4, 5, size, size, requires_grad=True)
+    outputs = [ours.train()(x), ours.eval()(x)]  # eval: the convolution itself
+    weigh = torch.randn(4, 7, 1, 1)
+    gradients = [torch.autograd.grad((y * weigh).sum(), (x, ours.weight)) for y in outputs]
+    assert torch.allclose(*outputs, atol=1e-5)
+    for one, other in zip(*gradients, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "convolutions"), [("resnet34", 33), ("resnet50", 49)])
+def test_plain_networks_have_the_same_layers_without_shortcuts(name, convolutions):
+    torch.manual_seed(0)
+    plain, residual = rm.MODELS[name](plain=True), rm.MODELS[name]()
+    assert sum(isinstance(part, nn.Conv2d) for part in plain.modules()) == convolutions
+    kept = [key for key in residual.state_dict() if "downsample" not in key]
+    assert list(plain.state_dict()) == kept
+    block, x = plain.layer1[-1].eval(), torch.randn(2, plain.layer1[-1].conv1.in_channels, 7, 7)
+    for part in (block.bn2, getattr(block, "bn3", block.bn2)):
+        nn.init.zeros_(part.weight)
+    assert not block(x).any()  # where a residual block would hand x on
+
+
 def test_unknown_stem_is_refused():
     with pytest.raises(ValueError, match="stem"):
         rm.resnet18(stem="vgg")
@@ -359,33 +385,55 @@ def test_last_short_batch_is_kept_and_a_lone_image_joins(n, sizes):
     assert torch.cat([labels for _, labels in batches]).tolist() == list(range(n))
 
 
+def distort(images, place=None, pull=None, **by):
+    """Distort one image with chosen draws, by default none."""
+    draws = [place or [0] * 3, [0] * 3, pull or [0] * 72]
+    return rm.distort(images, [torch.tensor([draw]).float() for draw in draws], rm.Distortion(**by))
+
+
 def test_augmentation_draws_for_each_image_and_keeps_the_digit():
     image = rm.draw_synthetic_digits(0, 1, 1).train_images[:, None].float() / 255
-    draws = 2 * torch.rand(64, 3, generator=torch.Generator().manual_seed(0)) - 1
-    changed = rm.rotate_and_shift(image.expand(64, -1, -1, -1), draws)
-    assert len(torch.unique(changed.flatten(1), dim=0)) == 64
-    ink = changed.sum(dim=(1, 2, 3)) / image.sum()
-    assert (ink - 1).abs().max() < 0.1  # no stroke is lost
-    unchanged = rm.rotate_and_shift(image, torch.zeros(1, 3))
-    assert torch.allclose(unchanged, image, atol=1e-5)
+    generator = torch.Generator().manual_seed(0)
+    draws = [2 * torch.rand(64, n, generator=generator) - 1 for n in (3, 3, 72)]
+    for by in (rm.Distortion(10, 0.1), rm.Distortion(0, 0, 0.1), rm.Distortion(0, 0, 0, 0.05)):
+        changed = rm.distort(image.expand(64, -1, -1, -1), draws, by)
+        assert len(torch.unique(changed.flatten(1), dim=0)) == 64
+        ink = changed.sum(dim=(1, 2, 3)) / image.sum()
+        assert (ink - 1).abs().max() < 0.35  # no stroke is lost
+        unchanged = distort(image, **by._asdict())
+        assert torch.allclose(unchanged, image, atol=1e-5)
 
 
-def test_augmentation_turns_by_degrees_and_shifts_by_tenths():
+def centre(image):
+    """Centre of mass of an image (H, W): row, column."""
+    where = torch.arange(float(len(image)))
+    return [(image.sum(axis) @ where / image.sum()).item() for axis in (1, 0)]
+
+
+def test_augmentation_turns_by_degrees_and_shifts_stretches_and_bends_by_parts_of_the_side():
     point = torch.zeros(1, 1, 40, 40)
     point[..., 19:21, 19:21] = 1
-    shifted = rm.rotate_and_shift(point, torch.tensor([[0.0, -1.0, 0.5]]))
-    rows, columns = shifted[0, 0].sum(1), shifted[0, 0].sum(0)
-    where = torch.arange(40.0)
-    assert (columns @ where / columns.sum()).item() == pytest.approx(19.5 + 4, abs=1e-3)
-    assert (rows @ where / rows.sum()).item() == pytest.approx(19.5 - 2, abs=1e-3)
+    shifted = distort(point, [0, -1, 0.5], shift=0.1)
+    assert centre(shifted[0, 0]) == pytest.approx([19.5 - 2, 19.5 + 4], abs=1e-3)
+    bent = distort(point, pull=[-1] * 36 + [0.5] * 36, elastic=0.1)  # all pulled alike
+    assert centre(bent[0, 0]) == pytest.approx([19.5 - 2, 19.5 + 4], abs=1e-3)
     bar = torch.zeros(1, 1, 40, 40)
     bar[..., 8:32, 18:22] = 1
-    ours = rm.rotate_and_shift(bar, torch.tensor([[1.0, 0.0, 0.0]]))
     bilinear = torchvision.transforms.InterpolationMode.BILINEAR
     rotate = torchvision.transforms.functional.rotate
-    assert torch.allclose(ours, rotate(bar, 10, bilinear), atol=1e-4)
-    more = rm.rotate_and_shift(bar, torch.tensor([[0.5, 1.0, 1.0]]), degrees=40, shift=0)
-    assert torch.allclose(more, rotate(bar, 20, bilinear), atol=1e-4)
+    assert torch.allclose(distort(bar, [1, 0, 0], rotate=10), rotate(bar, 10, bilinear), atol=1e-4)
+    half = distort(bar, [0.5, 1, 1], rotate=40)
+    assert torch.allclose(half, rotate(bar, 20, bilinear), atol=1e-4)
+    wide, slanted, high = (
+        rm.distort(bar, [torch.zeros(1, 3), torch.tensor([draw]), None], rm.Distortion(stretch=0.5))
+        for draw in ([-1.0, 0, 0], [0, 1.0, 0], [0, 0, -1.0])
+    )
+    assert (wide.sum() / bar.sum()).item() == pytest.approx(2, abs=0.05)
+    assert (high.sum() / bar.sum()).item() == pytest.approx(40 / 24, abs=0.05)  # cut by the edges
+    assert (slanted.sum() / bar.sum()).item() == pytest.approx(1, abs=0.05)
+    columns = torch.arange(40.0)
+    upper = slanted[0, 0, :20].sum(0)
+    assert abs((upper @ columns / upper.sum()).item() - 19.5) > 2  # it leans to one side
 
 
 def test_synthetic_digits_come_from_the_seed():
@@ -510,20 +558,20 @@ class LinearModel(nn.Sequential):
 
 def digits_loader(n=128, batch_size=32, augment=False, **options):
     digits = rm.draw_synthetic_digits(0, n, 10)
-    options |= {"rotate": 10, "shift": 0.1} if augment else {}
+    options |= {"augment": rm.Distortion(10, 0.1)} if augment else {}
     return rm.Batches(digits.train_images, digits.train_labels, batch_size, **options)
 
 
 @pytest.mark.parametrize(("name", "n"), [("gray28", 64), ("rgb32", 32)])
 def test_overfits_few_images(name, n):
     torch.manual_seed(0)
-    model, loader = rm.build_model(rm.Recipe(input=name)), digits_loader(n, 16, input=name)
+    model, loader = rm.build_model(rm.Recipe(input=name)), digits_loader(n, n, input=name)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
-    for _ in range(40):
+    for _ in range(60):
         rm.train_one_epoch(model, loader, optimizer)
         if rm.compute_accuracy(model, loader) == 100:
             return
-    pytest.fail("40 epochs were not enough")
+    pytest.fail("60 steps were not enough")
 
 
 def test_usage_of_the_readme():
@@ -716,6 +764,95 @@ def test_run_dir_may_be_a_string_and_is_made(tmp_path):
     loader, folder = digits_loader(), tmp_path / "not" / "yet"
     rm.ResNetTrainer(LinearModel(), "cpu", None, str(folder), True).train(loader, epochs=1)
     assert {p.name for p in folder.iterdir()} == {"best.pt", "last.pt", "history.csv"}
+
+
+def test_average_of_the_weights_is_what_is_tested_and_kept(tmp_path):
+    """ema: after each step the average moves to the weights by 1 - ema."""
+    recipe = rm.Recipe(epochs=2, ema=0.75, scheduler="none", precision="fp32")
+    loader, seen = digits_loader(96), []
+
+    class Watched(LinearModel):
+        def forward(self, x):
+            if self.training:
+                seen.append(self[1].bias.detach().clone())
+            return super().forward(x)
+
+    trainer = rm.ResNetTrainer(Watched(), "cpu", recipe, tmp_path, quiet=True)
+    history = trainer.train(loader, loader)
+    last = rm.load_checkpoint(tmp_path / "last.pt")
+    after = [*seen[1:], last["model"]["1.bias"]]  # what each of the six steps left
+    average = after[0]
+    for weights in after[1:]:
+        average = 0.75 * average + 0.25 * weights
+    assert torch.allclose(last["average"]["module.1.bias"], average, atol=1e-6)
+    kept = rm.load_checkpoint(tmp_path / "best.pt")
+    assert torch.allclose(kept["model"]["1.bias"], average, atol=1e-6)
+    assert torch.equal(trainer.model[1].bias, kept["model"]["1.bias"])
+    assert trainer.test(loader)["loss"] == pytest.approx(history["val_loss"][-1])
+
+
+def test_a_compiled_step_gives_the_same_numbers():
+    loader, losses = digits_loader(96), []
+    for compiled in (False, True):
+        recipe = rm.Recipe(epochs=2, compile=compiled, precision="fp32")
+        history = rm.ResNetTrainer(LinearModel(), "cpu", recipe, quiet=True).train(loader, loader)
+        losses.append(history["val_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("n", [96, 97, 99])
+def test_ranks_share_every_batch_and_an_epoch_is_a_permutation(n):
+    parts = []
+    for rank in range(2):
+        batches = rm.Batches(torch.zeros(n, 28, 28).byte(), torch.arange(n), 32, shuffle=True)
+        parts.append([labels for _, labels in batches.to("cpu", rank, 2)])
+    whole = rm.Batches(torch.zeros(n, 28, 28).byte(), torch.arange(n), 32, shuffle=True)
+    together = [part for batch in zip(*parts, strict=True) for part in batch]
+    assert torch.equal(torch.cat(together), torch.cat([labels for _, labels in whole]))
+    assert min(map(len, together)) >= 2
+    assert torch.equal(torch.cat(together).sort().values, torch.arange(n))
+
+
+def torchrun(*arguments, cwd):
+    """Start two processes of the program, as torchrun does."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    environment = {**os.environ, **NO_NETWORK, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    arguments = [SCRIPT, *map(str, arguments)]
+    return subprocess.Popen([*command, *arguments], cwd=cwd, env=environment, **pipes)
+
+
+def test_two_ranks_learn_what_one_process_learns(tmp_path):
+    """LeNet-5 has no batch norm, which ranks compute on their own parts of the batch."""
+    flags = (*TRAIN, "--model", "lenet5", "--epochs", 2, "--precision", "fp32", "--lr", 0.1)
+    two = torchrun(*flags, "--limit", 319, "--output-dir", "two", cwd=tmp_path)
+    run(*flags, "--limit", 319, "--output-dir", "one", cwd=tmp_path)
+    printed, said = two.communicate(timeout=170)
+    assert two.returncode == 0, said
+    assert printed.count("test accuracy") == 1
+    assert "2 processes" in printed
+    one, two = (rm.load_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two"))
+    for row, other in zip(one["rows"], two["rows"], strict=True):
+        for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
+            assert row[name] == pytest.approx(other[name], rel=1e-4), name
+        assert row["batch_losses"] == pytest.approx(other["batch_losses"], rel=1e-4)
+    for key, weight in one["model"].items():
+        assert torch.allclose(weight, two["model"][key], atol=1e-4), key
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for the processes in /proc")
+def test_a_rank_that_dies_ends_the_job(tmp_path):
+    flags = ("--dataset", "synthetic", "--model", "lenet5", "--epochs", 1000, "--patience", 1000)
+    job = torchrun(*flags, cwd=tmp_path)
+    for line in job.stdout:
+        if re.match(" +3 ", line):  # the third epoch has ended
+            break
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode != 0
+    assert "SIGKILL" in said or "Signal 9" in said
+    assert len(rm.load_checkpoint(next(tmp_path.glob("runs/*/last.pt")))["rows"]) >= 3
 
 
 def test_recipes_are_listed(capsys):
@@ -1431,7 +1568,7 @@ def benchmark(rounds: int = 3) -> None:
     for name, steps in (("gray28", 24), ("rgb32", 4)):
         for augment in (False, True):
             images, labels = digits.train_images[: 128 * steps], digits.train_labels[: 128 * steps]
-            how = {"rotate": 10, "shift": 0.1} if augment else {}
+            how = {"augment": rm.Distortion(10, 0.1)} if augment else {}
             own = rm.Batches(images, labels, 128, name, shuffle=True, **how).to(device)
             fixed = [tuple(part.contiguous() for part in next(iter(own)))] * steps
             trainer = rm.ResNetTrainer(rm.build_model(rm.Recipe(input=name)), device)
