@@ -46,6 +46,7 @@ import contextlib
 import copy
 import csv
 import io
+import itertools
 import math
 import os
 import platform
@@ -69,7 +70,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, ImageStat
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -990,7 +991,8 @@ def read_tensors(path: str | Path) -> object:
     try:
         if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
             with zipfile.ZipFile(path) as archive:
-                if archive.testzip():
+                packed = any(entry.compress_type for entry in archive.infolist())
+                if packed or archive.testzip():  # torch.save packs nothing; a bomb would
                     raise zipfile.BadZipFile
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about what is about to be refused
@@ -1001,6 +1003,18 @@ def read_tensors(path: str | Path) -> object:
         raise UserError(f"{path} is damaged, or holds no weights") from error
 
 
+def only_weights(state: dict) -> dict[str, Tensor]:
+    """Return what a state dict has of real, dense tensors."""
+    return {
+        key: value
+        for key, value in state.items()
+        if isinstance(key, str)
+        and isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not value.is_complex()
+    }
+
+
 def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint onto the CPU, its recipe as a Recipe.
 
@@ -1009,6 +1023,8 @@ def load_checkpoint(path: str | Path) -> dict:
     checkpoint = read_tensors(path)
     try:
         if checkpoint["format"] == FORMAT and checkpoint.keys() >= {"metrics", "rows", "model"}:
+            if len(only_weights(checkpoint["model"])) < len(checkpoint["model"]):
+                raise TypeError
             return {**checkpoint, "recipe": Recipe(**checkpoint["recipe"])}
     except Exception as error:  # whatever is not as save_checkpoint() had it
         raise UserError(f"{path} is damaged, or is no checkpoint of this program") from error
@@ -1076,6 +1092,8 @@ class ResNetTrainer:
             network = torch.compile(network)
         if self.run_dir:
             self.run_dir.mkdir(parents=True, exist_ok=True)
+            for part in self.run_dir.glob(".*.tmp"):  # of a file that was being written at a kill
+                part.unlink()
             self._save()  # so that a run killed in its first epoch can be resumed as well
         best_weights = copy.deepcopy(self._tested().state_dict())
         for loader in (train_loader, val_loader):
@@ -1199,9 +1217,9 @@ class ResNetTrainer:
             for kind, (module, which) in self._random_generators().items():
                 if kind in checkpoint["random_states"]:
                     module.set_rng_state(checkpoint["random_states"][kind], *which)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"the run in {self.run_dir} is of another network") from error
-        self.rows = checkpoint["rows"]
+            self.rows = [dict(row) for row in checkpoint["rows"]]
+        except Exception as error:  # whatever is not as _save() had it
+            raise UserError(f"{self.run_dir}/last.pt is damaged, or of another network") from error
 
     def _random_generators(self) -> dict:
         """Return, for each type of device, its module and the arguments that name the device."""
@@ -1222,9 +1240,10 @@ def train_model(model: nn.Module, train_loader, val_loader=None, device=None, **
 
 # %% 6. Pictures
 #
-# Blue and vermilion, of Okabe and Ito's palette, differ to colour-blind eyes as well.
+# The colours of Okabe and Ito's palette differ to colour-blind eyes as well.
 
 BLUE, VERMILION = "#0072B2", "#D55E00"
+PALETTE = (BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def subplots(rows: int, columns: int, width: float, height: float, title: str):
@@ -1286,9 +1305,49 @@ def plot_curves(history: dict[str, list], title: str = ""):
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
-    axes[0, 0].set_yscale("log", subs=[])
-    axes[0, 0].yaxis.get_major_locator().set_params(subs=(1, 1.5, 2, 3, 5, 7))
-    axes[0, 0].yaxis.set_major_formatter("{x:g}")
+    use_log_scale(axes[0, 0], "y")
+    return figure
+
+
+def use_log_scale(axis, name: str, form="{x:g}") -> None:
+    """Give the x or y axis a logarithmic scale with plain numbers, also within a decade."""
+    axis.set(**{f"{name}scale": "log"})
+    scale = getattr(axis, f"{name}axis")
+    scale.get_major_locator().set_params(subs=(1, 1.5, 2, 3, 5, 7))
+    scale.set_major_formatter(form)
+    axis.minorticks_off()
+
+
+def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor) -> list[float]:
+    """Return the length of the loss's gradient in each layer but projections, in their order."""
+    F.cross_entropy(model.train()(images), labels).backward()
+    layers = {k: p for k, p in model.named_parameters() if p.dim() > 1 and "downsample" not in k}
+    return [p.grad.norm().item() for p in layers.values() if p.grad is not None]
+
+
+def plot_comparison(runs: dict[str, tuple[list[dict], list[float]]]):
+    """Draw runs, each with its rows and gradient norms: what time buys, and what depth costs."""
+    figure, ((time_axis, loss_axis, depth_axis),) = subplots(1, 3, 13, 4.4, "")
+    for place, (name, (rows, norms)) in enumerate(runs.items()):
+        style = {"color": PALETTE[place % 7], "marker": "osD^vP*"[place % 7], "ms": 4}
+        seconds = list(itertools.accumulate(row["seconds"] for row in rows))
+        errors = [100 - row["val_accuracy"] for row in rows]
+        time_axis.plot(seconds, errors, label=name, **style)
+        epochs = [row["epoch"] for row in rows]
+        loss_axis.plot(epochs, [row["train_loss"] for row in rows], label=name, **style)
+        depth_axis.plot(range(1, len(norms) + 1), norms, label=name, **style)
+    time_axis.set(xlabel="time of training and validation (s)", ylabel="validation accuracy (%)")
+    loss_axis.set(xlabel="epoch", ylabel="training loss (nats per image)")
+    depth_axis.set(xlabel="layer, from the image", ylabel="gradient norm before the first step")
+    use_log_scale(time_axis, "x")
+    for axis in (time_axis, loss_axis, depth_axis):
+        use_log_scale(axis, "y")
+        axis.grid(alpha=0.3)
+    use_log_scale(time_axis, "y", lambda error, _: f"{100 - error:g}")
+    time_axis.invert_yaxis()  # few errors are high accuracy
+    for axis in (loss_axis, depth_axis):
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    time_axis.legend(fontsize=8)
     return figure
 
 
@@ -1317,6 +1376,30 @@ def plot_digits(images: Tensor, captions: list[str], wrong: list[bool], title: s
         axis.imshow(image[0].numpy(), cmap="gray")
         colour = VERMILION if is_wrong else "black"
         axis.set_title(caption, fontsize=8, color=colour, parse_math=False)
+    return figure
+
+
+def plot_readings(
+    names: Sequence[str], pictures: Sequence, digits: Sequence[Tensor], odds: Tensor, title: str
+):
+    """Draw, of the first ten pictures, each beside what the network saw and its probabilities."""
+    rows = min(len(pictures), 10)
+    figure, axes = subplots(rows, 3, 8, 1.7 * rows + 1.1, title)
+    for row, name, *shown, p in zip(axes, names, pictures, digits, odds.tolist(), strict=False):
+        for axis, image in zip(row, shown, strict=False):
+            axis.imshow(image, cmap="gray")
+            axis.axis("off")
+        shown = name if len(name) < 28 else f"{name[:12]}...{name[-12:]}"
+        row[0].set_title(shown, fontsize=8, parse_math=False)
+        row[1].set_title("as the network saw it", fontsize=8)
+        digit = p.index(max(p))
+        colours = [VERMILION if place == digit else BLUE for place in range(10)]
+        row[2].bar(range(10), [100 * probability for probability in p], color=colours)
+        row[2].set(xticks=range(10), ylim=(0, 100), yticks=(0, 50, 100))
+        row[2].set_ylabel("probability (%)", fontsize=8)
+        row[2].set_title(f"read as {digit}, {100 * p[digit]:.1f} %", fontsize=8)
+        row[2].tick_params(labelsize=8)
+    axes[-1, 2].set_xlabel("digit", fontsize=8)
     return figure
 
 
@@ -1385,8 +1468,11 @@ def visualize_results(
 # Digits from elsewhere, made what MNIST's are: uint8, 28×28, light ink on dark ground.
 
 
-def open_gray(path: str) -> Image.Image:
-    """Open a picture of any kind as 8 bits of gray, upright, on white where it is transparent."""
+def open_image(path: str | Path) -> Image.Image:
+    """Open a picture of any kind, upright, in RGB, of 128 pixels at most on its longer side.
+
+    What is transparent becomes white, or black where the rest is bright. Raises UserError.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -1394,44 +1480,119 @@ def open_gray(path: str) -> Image.Image:
             with Image.open(path) as file:
                 picture = ImageOps.exif_transpose(file)
                 if picture.mode[0] in "IF":  # 16 bits and more, which Pillow would cut off at 255
-                    levels = np.asarray(picture, dtype=float)
-                    picture = Image.fromarray(np.uint8(255 * (levels / levels.max()).clip(0, 1)))
+                    levels = np.nan_to_num(np.asarray(picture, dtype=float))
+                    levels = (levels - levels.min()) / max(np.ptp(levels), 1e-9)
+                    picture = Image.fromarray(np.uint8(255 * levels))
                 picture = picture.convert("RGBA")
     except Exception as error:  # whatever Pillow makes of arbitrary bytes
         raise UserError(f"{path} cannot be read as an image") from error
-    white = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(white, picture).convert("L")
+    brightness = ImageStat.Stat(picture.convert("L"), picture.getchannel("A")).mean[0]
+    ground = Image.new("RGBA", picture.size, "black" if brightness > 128 else "white")
+    ground = ground if picture.getextrema()[3][0] < 255 else picture
+    picture = Image.alpha_composite(ground, picture).convert("RGB")
+    if max(picture.size) > 128:  # noise is finer than strokes
+        picture = picture.filter(ImageFilter.GaussianBlur(max(picture.size) / 200))
+        picture.thumbnail((128, 128))
+    return picture
 
 
-def read_image(path: str) -> Tensor:
-    """Read a picture of a digit and treat it as MNIST's digits were: (28, 28) uint8.
+def find_ink(picture: Image.Image) -> Tensor:
+    """Return how much ink there is at each pixel, (H, W) from 0 to 1, whatever its colour.
 
-    The ink, dark or light, is cropped, fitted into 20×20 pixels and placed in 28×28 by its centre
-    of mass, as the MNIST page has it. What looks like MNIST already is left as it is. Raises
-    UserError for a file that cannot be read or shows no ink.
+    All zeros for an empty page, or one of ruled squares.
     """
-    gray = open_gray(path)
-    pixels = TF.pil_to_tensor(gray)[0]
-    paper = torch.cat([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]).median().item()
-    if gray.size == (28, 28) and paper < 32 <= pixels.max():
-        return pixels
-    ink = ImageChops.difference(gray, Image.new("L", gray.size, paper))  # dark or light, now light
-    darkest = ink.getextrema()[1]
-    if darkest < 32:
+    colours = TF.pil_to_tensor(picture).float()  # (3, H, W)
+    _, height, width = colours.shape
+    if min(height, width) < 3:
+        return torch.zeros(height, width)
+    # Paper is a smooth surface in each colour, since light is uneven: a polynomial of second
+    # degree through the margin, then through all that is near it. Ink is what differs.
+    v = torch.linspace(-1, 1, height)[:, None].expand(height, width)
+    u = torch.linspace(-1, 1, width).expand(height, width)
+    terms = torch.stack([torch.ones_like(u), u, v, u * u, u * v, v * v], dim=-1)
+    is_paper = torch.maximum(u.abs(), v.abs()) > 0.9
+    for _ in range(6):
+        surface = torch.linalg.lstsq(terms[is_paper], colours[:, is_paper].T, driver="gelsd")
+        difference = (colours - (terms @ surface.solution).permute(2, 0, 1)).abs().amax(dim=0)
+        is_paper = difference <= max(8, 2.5 * difference[is_paper].median().item())
+    # Otsu 1979: the threshold that parts the values into the two most different classes.
+    counts = torch.histc(difference, 256, 0, 256)
+    below = counts.cumsum(dim=0)
+    sums = (counts * torch.arange(0.5, 256)).cumsum(dim=0)
+    above = difference.numel() - below
+    means = sums / below.clamp(min=1), (sums[-1] - sums) / above.clamp(min=1)
+    threshold = (below * above * (means[1] - means[0]) ** 2).argmax().item() + 1
+    ink, paper = difference[difference >= threshold], difference[difference < threshold]
+    if len(ink) < 2 or ink.mean() < max(24, 4 * paper.std().item()):
+        return torch.zeros(height, width)
+    mask = drop_specks(drop_squares(difference >= threshold))
+    near = F.max_pool2d(mask[None].float(), 3, 1, padding=1)[0]
+    return ((difference - threshold / 2) / (ink.mean() - threshold / 2)).clamp(0, 1) * near
+
+
+def drop_squares(mask: Tensor) -> Tensor:
+    """Remove the lines of squared paper: rows and columns of ink from edge to edge."""
+    lines = [mask.float().mean(dim=1 - axis) > 0.9 for axis in (0, 1)]  # (H,), (W,)
+    if all((line[1:] & ~line[:-1]).sum() + line[0] > 1 for line in lines):
+        near = [F.max_pool1d(line[None].float(), 3, 1, padding=1)[0] > 0 for line in lines]
+        return mask & ~near[0][:, None] & ~near[1]
+    return mask
+
+
+def drop_specks(mask: Tensor) -> Tensor:
+    """Keep the connected parts of a mask (H, W) that have a twentieth of the largest or more."""
+    part = torch.arange(1.0, mask.numel() + 1).view(1, *mask.shape) * mask  # each pixel its own
+    while True:
+        grown = F.max_pool2d(part, 3, 1, padding=1) * mask  # the larger number spreads
+        if torch.equal(grown, part):
+            break
+        part = grown
+    sizes = part.long().flatten().bincount()
+    sizes[0] = 0
+    return (sizes * 20 >= sizes.max())[part[0].long()] & mask
+
+
+def set_thickness(ink: Tensor) -> Tensor:
+    """Thicken or thin the strokes of ink (H, W) to what a fifth to a tenth of its length allows."""
+    mask = F.pad(ink[None], (1, 1, 1, 1))
+    inner = -F.max_pool2d(-mask, 3, 1)  # without its outermost pixels
+    edge = (ink - inner[0]).sum().clamp(min=1)
+    thickness = 2 * ink.sum() / edge
+    target = thickness.clamp(max(ink.shape) / 10, max(ink.shape) / 5)
+    steps = round((target - thickness).item() / 2)
+    for _ in range(abs(steps)):
+        border = F.pad(ink[None], (1, 1, 1, 1)) if steps < 0 else F.pad(ink[None], (2, 2, 2, 2))
+        ink = (F.max_pool2d(border, 3, 1) if steps > 0 else -F.max_pool2d(-border, 3, 1))[0]
+    return ink
+
+
+def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
+    """Read a picture of a digit; return it, and what MNIST would have made of it: (28, 28) uint8.
+
+    The ink is cropped, fitted into 20×20 pixels and placed in 28×28 by its centre of mass, as the
+    MNIST page has it. What looks like MNIST already is left as it is. Raises UserError for a file
+    that cannot be read or shows no ink.
+    """
+    picture = open_image(path)
+    pixels = TF.pil_to_tensor(picture.convert("L"))[0]
+    edge = torch.cat([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    if picture.size == (28, 28) and edge.median() < 32 <= pixels.max():
+        return picture, pixels
+    ink = find_ink(picture)
+    if not ink.any():
         raise UserError(f"{path} shows no ink")
-    ink = ink.point(lambda value: max(0, value - darkest // 5))  # no paper is quite even
-    ink = ink.crop(ink.getbbox())
-    size = [max(1, round(20 * side / max(ink.size))) for side in ink.size]
-    digit = TF.pil_to_tensor(ImageOps.autocontrast(ink.resize(size)))[0]  # (h, w), one of them 20
-    if not digit.any():  # specks
-        raise UserError(f"{path} shows no ink")
+    rows, columns = ((ink > 0.5).any(dim=1 - axis).nonzero() for axis in (0, 1))
+    ink = set_thickness(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+    size = [max(1, round(20 * side / max(ink.shape))) for side in ink.shape]
+    digit = TF.resize(ink[None], size, antialias=True)[0]  # (h, w), one of them 20
+    digit = (255 * digit / digit.max()).round().byte()
     image, corner = torch.zeros(28, 28, dtype=torch.uint8), []
     for axis, side in enumerate(digit.shape):
         mass = digit.sum(dim=1 - axis).float()
         centre = (mass @ torch.arange(float(side)) / mass.sum()).item()
         corner.append(min(max(round(13.5 - centre), 0), 28 - side))
     image[corner[0] :, corner[1] :][: digit.shape[0], : digit.shape[1]] = digit
-    return image
+    return picture, image
 
 
 def read_kaggle(path: str | Path, labelled: bool) -> tuple[Tensor, Tensor | None]:
@@ -1589,7 +1750,7 @@ def load_weights(model: nn.Module, name: str, source: str) -> tuple[str, list[st
     state = state if isinstance(state, dict) else {}
     for key in ("model", "state_dict", "model_state_dict"):  # where checkpoints have it
         state = state[key] if isinstance(state.get(key), dict) else state
-    state = {str(k).removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
+    state = {key.removeprefix("module."): value for key, value in only_weights(state).items()}
     own, first = model.state_dict(), f"{first_conv(model)[0]}.weight"
     adapted = first in state and state[first].dim() == 4 and state[first].shape != own[first].shape
     if adapted:
@@ -1598,10 +1759,7 @@ def load_weights(model: nn.Module, name: str, source: str) -> tuple[str, list[st
     fresh = [key for key in own if key not in fits]
     if not fits:
         raise UserError(f"{source} holds no weights of {name}")
-    try:
-        model.load_state_dict(fits, strict=False)
-    except (RuntimeError, NotImplementedError) as error:  # sparse ones, say
-        raise UserError(f"{source} holds weights of another kind") from error
+    model.load_state_dict(fits, strict=False)
     report = f"{len(fits)} of {len(state)} tensors of {source} loaded"
     if adapted and first in fits:
         report += f"; {first} adapted to {own[first].shape[1]} channel(s)"
@@ -1809,21 +1967,30 @@ def finish_run(trainer: ResNetTrainer, data: MNISTDataLoader, history: dict) -> 
 def command_evaluate(args: argparse.Namespace, given: dict) -> None:
     """Report how the best networks of runs do on the test set; of several also a table."""
     table = [("model", "input", "parameters", "MFLOPs", "s/epoch", "accuracy", "run")]
+    curves = {}
     for run in args.runs or [None]:
         trainer, checkpoint, path = load_run(run, args.device)
-        recipe, rows = trainer.recipe, checkpoint["rows"]
-        test = load_data(recipe, args.data_dir).test.to(trainer.device)
+        recipe, last = trainer.recipe, path.with_name("last.pt")
+        rows = load_checkpoint(last)["rows"] if last.exists() else checkpoint["rows"]
+        data = load_data(recipe, args.data_dir)
         print(f"{path} on {describe_device(trainer.device)}, {trainer.precision}\n")
-        results = trainer.test(test)
+        results = trainer.test(data.test.to(trainer.device))
         print(make_report(recipe, checkpoint["metrics"], results))
-        layers = list_layers(trainer.model, next(iter(test))[0][:1])
+        layers = list_layers(trainer.model, next(iter(data.test))[0][:1])
         seconds = statistics.median(row["seconds"] for row in rows) if rows else math.nan
         parameters, flops = (sum(layer[i] for layer in layers) for i in (2, 3))
         counts = f"{parameters:,}", f"{flops / 1e6:,.1f}", f"{seconds:.1f}"
         table += [(recipe.model, recipe.input, *counts, f"{results['accuracy']:.2f} %", path)]
+        torch.manual_seed(recipe.seed)
+        images, labels = next(iter(data.train))
+        norms = gradient_norms(build_model(recipe), images, labels)
+        curves[path.parent.name if path.name == "best.pt" else str(path)] = rows, norms
     if len(args.runs) > 1:
         for line in table:
             print("{:20} {:7}{:>12}{:>9}{:>9}{:>10}  {}".format(*map(str, line)))
+        picture = find_checkpoint(args.runs[0], "best.pt").with_name("comparison.png")
+        save_figure(plot_comparison(curves), picture)
+        print(f"accuracy against time, training loss, gradients: {picture}")
 
 
 def command_predict(args: argparse.Namespace, given: dict) -> None:
@@ -1834,17 +2001,13 @@ def command_predict(args: argparse.Namespace, given: dict) -> None:
     if args.kaggle:
         images, _ = read_kaggle(args.kaggle, labelled=False)
         return write_solution(trainer, images, path.with_name("solution.csv"))
-    digits = torch.stack([read_image(name) for name in args.images])
-    results = trainer.test(as_loader(trainer, digits))
-    captions = []
-    best = results["probabilities"].max(dim=1)
-    for name, probability, label in zip(args.images, best.values, best.indices, strict=True):
-        print(f"{label}  {100 * probability:6.2f} %  {name}")
-        shown = os.fsencode(Path(name).name).decode(errors="replace")
-        shown = shown if len(shown) < 20 else f"{shown[:8]}...{shown[-8:]}"
-        captions.append(f"{shown}\n{label}, {100 * probability:.1f} %")
-    title = f"as {trainer.recipe.model}, trained on {trainer.recipe.dataset}, saw and read them"
-    figure = plot_digits(digits[:, None], captions, [False] * len(digits), title)
+    pictures, digits = zip(*map(read_image, args.images), strict=True)
+    results = trainer.test(as_loader(trainer, torch.stack(digits)))
+    names = [os.fsencode(Path(name).name).decode(errors="replace") for name in args.images]
+    for name, probabilities in zip(args.images, results["probabilities"], strict=True):
+        print(f"{probabilities.argmax()}  {100 * probabilities.max():6.2f} %  {name}")
+    title = f"{trainer.recipe.model}, trained on {trainer.recipe.dataset}"
+    figure = plot_readings(names, pictures, digits, results["probabilities"], title)
     save_figure(figure, path.with_name("predict.png"))
     print(f"what the network saw: {path.with_name('predict.png')}")
 
@@ -1951,5 +2114,6 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+# In a notebook, whose cells are __main__ too, nothing starts by itself.
+if __name__ == "__main__" and "ipykernel" not in sys.argv[0]:
     sys.exit(main())

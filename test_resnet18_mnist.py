@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import functools
 import gzip
@@ -11,14 +12,19 @@ import math
 import multiprocessing
 import os
 import pickle
+import random
 import re
 import runpy
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
+import types
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,7 +64,7 @@ PROCESSES = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else
 PROCESSES.set_forkserver_preload(["torch", "torchvision", "matplotlib.pyplot"])
 
 
-def be_the_program(arguments, cwd, out, err):
+def be_the_program(arguments, cwd, out=os.devnull, err=os.devnull):
     os.chdir(cwd)
     os.environ.update(NO_NETWORK)
     for path, stream in ((out, sys.stdout), (err, sys.stderr)):
@@ -1284,43 +1290,176 @@ def test_predict_prints_a_line_a_file_and_saves_a_picture(trained):
 
 
 def test_pictures_are_treated_as_mnist_was(tmp_path):
-    image = rm.read_image(draw_seven(tmp_path / "a.png")).float()
-    rows, columns = image.sum(1), image.sum(0)
-    where = torch.arange(28.0)
-    assert (rows @ where / image.sum()).item() == pytest.approx(13.5, abs=0.6)
-    assert (columns @ where / image.sum()).item() == pytest.approx(13.5, abs=0.6)
-    assert (rows > 0).sum() == 20
+    _, image = rm.read_image(draw_seven(tmp_path / "a.png"))
+    assert centre(image.float()) == pytest.approx([13.5, 13.5], abs=0.6)
+    assert (image.sum(1) > 0).sum() == 20
     assert image.max() == 255
-    inverted = rm.read_image(draw_seven(tmp_path / "b.png", "L", 0, 255)).float()
-    assert (image - inverted).abs().max() <= 1
-    thin = Image.new("L", (300, 50), 255)
-    thin.paste(0, (10, 20, 290, 21))  # one pixel high, and fitted into 20 pixels still one
-    thin.save(tmp_path / "thin.png")
-    assert (rm.read_image(tmp_path / "thin.png") > 0).sum() == 20
+    _, inverted = rm.read_image(draw_seven(tmp_path / "b.png", "L", 0, 255))
+    assert (image.int() - inverted.int()).abs().max() <= 2
     mnist = rm.draw_synthetic_digits(0, 1, 1).train_images[0]
     Image.fromarray(mnist.numpy()).save(tmp_path / "c.png")
-    assert torch.equal(rm.read_image(tmp_path / "c.png"), mnist)
+    assert torch.equal(rm.read_image(tmp_path / "c.png")[1], mnist)
 
 
 def test_pictures_of_16_bits(tmp_path):
     with Image.open(draw_seven(tmp_path / "8.png", "L", 230, 40)) as eight:
         deep = Image.fromarray(np.asarray(eight).astype(np.uint16) * 250)
     deep.save(tmp_path / "16.png")
-    one, other = (rm.read_image(tmp_path / name).int() for name in ("8.png", "16.png"))
+    one, other = (rm.read_image(tmp_path / name)[1].int() for name in ("8.png", "16.png"))
     assert (one - other).abs().max() < 16
 
 
-@pytest.mark.parametrize("size", [28, 600])
-@pytest.mark.parametrize("kind", ["white", "black", "specks"])
-def test_pictures_without_ink_are_refused(tmp_path, kind, size):
-    picture = Image.new("L", (size, size), 0 if kind == "black" else 255)
-    if kind == "specks":
-        picture = Image.new("L", (600, 600), 255)
-        picture.putpixel((10, 10), 0)
-        picture.putpixel((590, 590), 0)
-    picture.save(tmp_path / "x.png")
+def arc(x, y, width, height, start, end):
+    turn = np.radians(np.linspace(start, end, 24))
+    return list(zip(x + width * np.cos(turn), y + height * np.sin(turn), strict=True))
+
+
+STROKES = {  # of digits in a unit square, y down
+    0: [arc(0.5, 0.5, 0.28, 0.42, -90, 270)],
+    1: [[(0.53, 0.08), (0.47, 0.92)]],
+    2: [[*arc(0.5, 0.3, 0.25, 0.22, -170, 30), (0.28, 0.9), (0.78, 0.9)]],
+    3: [arc(0.48, 0.28, 0.24, 0.2, -150, 90), arc(0.48, 0.7, 0.27, 0.22, -90, 150)],
+    4: [[(0.6, 0.08), (0.22, 0.62), (0.82, 0.62)], [(0.64, 0.35), (0.64, 0.93)]],
+    5: [[(0.74, 0.1), (0.34, 0.1), (0.31, 0.46), *arc(0.48, 0.66, 0.27, 0.25, -120, 140)]],
+    6: [[(0.66, 0.08), *arc(0.5, 0.68, 0.24, 0.24, 180, 540)]],
+    7: [[(0.22, 0.1), (0.78, 0.1), (0.45, 0.93)]],
+    8: [arc(0.5, 0.29, 0.2, 0.2, -90, 270), arc(0.5, 0.71, 0.25, 0.22, -90, 270)],
+    9: [arc(0.48, 0.32, 0.24, 0.23, 0, 360), [(0.72, 0.32), (0.68, 0.62), (0.58, 0.93)]],
+    None: [],
+}
+
+
+def draw_by_hand(
+    digit,
+    size=300,
+    pen=0.08,
+    margin=0.15,
+    paper=(255, 255, 255),
+    ink=(0, 0, 0),
+    gradient=0.0,
+    shadow=0.0,
+    noise=0.0,
+    squares=0.0,
+    transparent=False,
+):
+    """Draw a digit as someone might; pen and margin are parts of the side."""
+    large = Image.new("L", (4 * size, 4 * size))
+    draw, width = ImageDraw.Draw(large), max(1, int(4 * pen * size))
+    for stroke in STROKES[digit]:
+        points = [tuple(4 * size * (margin + (1 - 2 * margin) * c) for c in p) for p in stroke]
+        draw.line(points, 255, width, joint="curve")
+        for x, y in points:
+            draw.circle((x, y), width / 2, fill=255)
+    cover = np.asarray(large.reduce(4), float)[..., None] / 255
+    if transparent:
+        picture = Image.new("RGB", (size, size), ink)
+        picture.putalpha(Image.fromarray(np.uint8(255 * cover[..., 0])))
+        return picture
+    v, u = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
+    ground = np.ones((size, size, 3)) * paper
+    ground *= (1 - gradient * (0.7 * u + 0.3 * v + 1) / 2)[..., None]
+    ground *= np.where(u + 0.3 * v > 0.2, 1 - shadow, 1)[..., None]
+    ground[:: max(2, size // 12)] *= 1 - squares
+    ground[:, :: max(2, size // 12)] *= 1 - squares
+    pixels = ground * (1 - cover) + np.array(ink) * cover
+    pixels += noise * np.random.default_rng(0).normal(size=pixels.shape)
+    return Image.fromarray(np.uint8(pixels.clip(0, 255)))
+
+
+HANDS = {
+    "thin": {"pen": 0.015},
+    "thick": {"pen": 0.15},
+    "small": {"size": 60},
+    "tiny": {"size": 32},
+    "large": {"size": 600},
+    "chalk": {"paper": (20, 30, 25), "ink": (240, 240, 230)},
+    "red": {"ink": (200, 30, 30)},
+    "yellow": {"ink": (235, 210, 60)},
+    "blue on blue": {"paper": (120, 170, 230), "ink": (20, 30, 120)},
+    "tight": {"margin": 0.05},
+    "lost": {"margin": 0.36, "pen": 0.03},
+    "gradient": {"gradient": 0.6},
+    "gradient, thin": {"gradient": 0.6, "pen": 0.03},
+    "shadow": {"shadow": 0.35},
+    "noise": {"noise": 30},
+    "pencil": {"ink": (150, 150, 150), "paper": (235, 232, 225), "noise": 6, "pen": 0.03},
+    "transparent": {"transparent": True},
+    "white on transparent": {"transparent": True, "ink": (255, 255, 255)},
+    "squared": {"squares": 0.4},
+    "photo": {"gradient": 0.5, "noise": 8, "margin": 0.3, "pen": 0.03, "paper": (210, 205, 190)},
+}
+
+
+@pytest.fixture(scope="session")
+def reader():
+    """A small network that has learned to read in seconds, from fonts and distorted."""
+    torch.manual_seed(0)
+    data = rm.MNISTDataLoader(64, dataset="synthetic", augment=rm.Distortion(15, 0.05, 0.15, 0.05))
+    recipe = rm.Recipe(optimizer="adam", lr=0.003, epochs=6, scheduler="onecycle")
+    trainer = rm.ResNetTrainer(rm.simple_cnn(), "cpu", recipe, quiet=True)
+    trainer.train(data.train, data.val)
+    return trainer
+
+
+def test_a_digit_is_read_alike_however_it_is_drawn(tmp_path, reader):
+    digits = []
+    for how in ({}, *HANDS.values()):
+        for digit in range(10):
+            draw_by_hand(digit, **how).save(tmp_path / "x.png")
+            digits.append(rm.read_image(tmp_path / "x.png")[1])
+    results = reader.test(rm.as_loader(reader, torch.stack(digits)))
+    plain, *others = results["predictions"].view(-1, 10).tolist()
+    assert plain == list(range(10))
+    assert {name: read for name, read in zip(HANDS, others, strict=True) if read != plain} == {}
+
+
+EMPTY = {
+    "white": {},
+    "black": {"paper": (0, 0, 0)},
+    "tiny": {"size": 28},
+    "a pixel": {"size": 1},
+    "noise": {"noise": 40},
+    "gradient": {"gradient": 0.6, "noise": 5},
+    "squared": {"squares": 0.3},
+    "squared in uneven light": {"squares": 0.5, "gradient": 0.4, "noise": 5},
+}
+
+
+@pytest.mark.parametrize("how", EMPTY)
+def test_an_empty_page_is_said_to_be_empty(tmp_path, how):
+    draw_by_hand(None, **EMPTY[how]).save(tmp_path / "x.png")
     with pytest.raises(rm.UserError, match="shows no ink"):
         rm.read_image(tmp_path / "x.png")
+
+
+def test_every_format_of_image_is_read(tmp_path, reader):
+    drawn = draw_by_hand(2)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned by 90° clockwise
+    clear = Image.new("P", drawn.size)
+    clear.putpalette([0, 0, 0, 255, 255, 255])
+    clear.paste(1, (0, 0, *drawn.size), drawn.convert("L").point(lambda value: 255 * (value > 128)))
+    white = Image.new("RGB", drawn.size, "white")
+    pictures = {
+        "gray.png": (drawn.convert("L"), {}),
+        "bits.png": (drawn.convert("1"), {}),
+        "palette.png": (drawn.quantize(8), {}),
+        "clear.png": (clear, {"transparency": 1}),
+        "gray with alpha.png": (drawn.convert("LA"), {}),
+        "deep.png": (Image.fromarray(np.asarray(drawn.convert("L")).astype(np.uint16) * 200), {}),
+        "float.tiff": (Image.fromarray(np.asarray(drawn.convert("L")) / 255.0), {}),
+        "inks.tiff": (drawn.convert("CMYK"), {}),
+        "inks.jpg": (drawn.convert("CMYK"), {}),
+        "turned.jpg": (drawn.transpose(Image.Transpose.ROTATE_90), {"exif": turned}),
+        "animated.gif": (drawn, {"save_all": True, "append_images": [white]}),
+        "bare.bmp": (drawn, {}),
+        "modern.webp": (drawn, {}),
+    }
+    for name, (picture, options) in pictures.items():
+        picture.save(tmp_path / name, **options)
+    digits = torch.stack([rm.read_image(tmp_path / name)[1] for name in pictures])
+    read = reader.test(rm.as_loader(reader, digits))["predictions"].tolist()
+    assert dict(zip(pictures, read, strict=True)) == dict.fromkeys(pictures, 2)
 
 
 def test_describe(tmp_path):
@@ -1434,6 +1573,238 @@ def test_progress_is_live_on_a_terminal(monkeypatch):
     assert len(shown) == 3
     assert all(re.match(r"1/2  batch \d/3  loss \d", line) for line in shown)
     assert all(len(line.replace("\033[K", "")) < 60 for line in shown)
+
+
+# Damaged files of every kind, made at random
+
+
+def damage(rng, data: bytes) -> bytes:
+    """Cut, flip, repeat, blank or insert some bytes, or leave none."""
+    a, b = sorted(rng.randrange(len(data) + 1) for _ in range(2))
+    noise = rng.randbytes(rng.randint(1, 30))
+    flipped = bytearray(data)
+    for _ in range(rng.choice((1, 1, 10, 1000))):
+        flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    kinds = [data[:a], bytes(flipped), data[:b] + data[a:], data[:a] + bytes(b - a) + data[b:]]
+    return rng.choice([*kinds, data[:a] + noise + data[a:], data[a:], b"", noise])
+
+
+def damaged_checkpoint(rng, path: Path, whole: Path) -> None:
+    """Write a checkpoint whose bytes are damaged, or whose content is not what it should be."""
+    if rng.random() < 0.5:
+        path.write_bytes(damage(rng, whole.read_bytes()))
+        return
+    content = torch.load(whole, weights_only=True)
+    odd = [None, -1, 1e30, math.nan, "x" * 1000, [], {}, torch.zeros(3), torch.zeros(0), True]
+    for _ in range(rng.randint(1, 3)):
+        part = rng.choice([content, content["recipe"], content["model"]])
+        name = rng.choice(list(part) or ["x"])
+        change = rng.randrange(3)
+        if change == 0:
+            part.pop(name, None)
+        elif change == 1:
+            part[rng.choice((name, "other", 7))] = rng.choice(odd)
+        elif isinstance(part.get(name), torch.Tensor):
+            part[name] = rng.choice(
+                [part[name].to(torch.complex64), part[name][:1], part[name].to_sparse(),
+                 part[name].half(), part[name] * math.nan, part[name].flatten(),
+                 torch.zeros(1).expand(10**6, 10**6)])  # fmt: skip
+        if not all(isinstance(content.get(key), dict) for key in ("recipe", "model")):
+            break
+    torch.save(content, path)
+
+
+def damaged_text(rng, text: str) -> bytes:
+    """Damage a CSV as programs and people do."""
+    rows = text.splitlines()
+    row = rng.randrange(len(rows))
+    cells = rows[row].split(",")
+    cell = rng.randrange(len(cells))
+    odd = [
+        "",
+        "256",
+        "-1",
+        "a",
+        "1.5",
+        "nan",
+        "1e3",
+        '"',
+        '"7"',
+        " 3 ",
+        "9" * 400,
+        "\0",
+        "é",
+        "0x1",
+    ]
+    cells[cell] = rng.choice(odd)
+    changes = [
+        [*rows[:row], ",".join(cells), *rows[row + 1 :]],
+        [*rows[:row], rows[row] + rng.choice((",", ",,", ",5", ";")), *rows[row + 1 :]],
+        [*rows[:row], rows[row].rpartition(",")[0], *rows[row + 1 :]],
+        [*rows[:row], *rows[row + 1 :]],
+        [*rows[:row], "", *rows[row:]],
+        [*rows[:row], *rows[row:], *rows[row : row + 1]],
+        rows[:row],
+        [line.replace(",", ";") for line in rows],
+        [",".join(f'"{value}"' for value in line.split(",")) for line in rows],
+    ]
+    end = rng.choice(("\n", "\r\n", "\r"))
+    encoded = end.join(rng.choice(changes)).encode(rng.choice(("utf-8", "utf-8-sig", "utf-16")))
+    return damage(rng, encoded) if rng.random() < 0.2 else encoded
+
+
+def odd_images(folder: Path) -> list[Path]:
+    """Write images that few expect."""
+    drawn = draw_by_hand(3, size=100)
+    sizes = {"pixel": (1, 1), "line": (1, 3000), "row": (3000, 1), "huge": (20_000, 20_000)}
+    for name, size in sizes.items():
+        Image.new("1", size, 1).save(folder / f"{name}.png")
+    drawn.save(folder / "animated.gif", save_all=True, append_images=[drawn] * 5)
+    drawn.convert("CMYK").save(folder / "inks.jpg")
+    Image.new("RGBA", (50, 50)).save(folder / "clear.png")
+    Image.fromarray(np.full((40, 40), math.nan, np.float32)).save(folder / "nan.tiff")
+    drawn.quantize(4).save(folder / "palette.png", transparency=b"\0\x80\xff\x10")
+    drawn.save(folder / "plain.png")
+    drawn.save(folder / "plain.jpg")
+    (folder / "vector.png").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "folder.png").mkdir()
+    return sorted(folder.iterdir())
+
+
+class Touch:
+    """A pickle that would run code."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("it-ran"),)
+
+
+def fuzz(folder: Path, seed: int, cases: int) -> None:
+    """Give the program damaged files; raise if it ever does what it should not. For a process."""
+    import resource
+
+    os.chdir(folder)
+    os.environ.update(NO_NETWORK)
+    torch.set_num_threads(1)
+    rm.visualize_results = rm.plot_readings = lambda *_: None
+    rm.save_figure = lambda *_: None
+    rng, failures = random.Random(seed), []
+    write_mnist(folder / "good")
+    small = ("--model", "lenet5", "--epochs", "1", "--quiet", "--val-size", "20")
+    with contextlib.redirect_stdout(io.StringIO()):
+        rm.main(["--data-dir", "good", *small, "--output-dir", "run"])
+    (folder / "images").mkdir()
+    (folder / "kaggle").mkdir()
+    images = odd_images(folder / "images")
+    write_kaggle(rm.draw_synthetic_digits(1, 130, 40), folder / "kaggle", 40)
+    table = (folder / "kaggle" / "train.csv").read_text()
+    raw = sorted((folder / "good" / "MNIST" / "raw").iterdir())
+    bomb, code = folder / "bomb.pt", folder / "code.pt"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(2**30))
+    code.write_bytes(pickle.dumps(Touch()))
+    given = [["evaluate", str(path), "--data-dir", "good"] for path in (bomb, code)]
+    given += [["predict", "--checkpoint", "run", str(path)] for path in images]
+    for number in range(cases):
+        kind, out = number % 4, f"out-{number}"
+        if number < len(given):
+            arguments = given[number]
+        elif kind == 0:
+            (folder / out).mkdir()
+            path = folder / out / "last.pt"
+            damaged_checkpoint(rng, path, folder / "run" / "last.pt")
+            arguments = rng.choice(
+                [["evaluate", str(path), "--data-dir", "good"],
+                 ["--resume", out, "--data-dir", "good", "--epochs", "2", "--quiet"],
+                 ["--weights", str(path), "--data-dir", "good", *small, "--output-dir", f"{out}-"],
+                 ["predict", "images/plain.png", "--checkpoint", str(path)]])  # fmt: skip
+        elif kind == 1:
+            shutil.copytree(folder / "good", folder / out)
+            path = folder / out / "MNIST" / "raw" / rng.choice(raw).name
+            path.write_bytes(damage(rng, path.read_bytes()))
+            arguments = ["--data-dir", out, "--dataset", "mnist", *small, "--output-dir", f"{out}-"]
+        elif kind == 2:
+            (folder / out).mkdir()
+            (folder / out / "train.csv").write_bytes(damaged_text(rng, table))
+            arguments = ["--data-dir", out, "--recipe", "kaggle", *small, "--output-dir", f"{out}-"]
+        else:
+            path = folder / "image"
+            path.write_bytes(damage(rng, (folder / "images" / "plain.png").read_bytes()))
+            arguments = ["predict", str(path), "--checkpoint", "run"]
+        said = io.StringIO()
+        signal.alarm(60)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+                code = rm.main(arguments)
+            said = said.getvalue()
+            well = said.startswith("error: ") and said.count("\n") == 1 and len(said) < 1000
+            if code not in (0, 2) or (code == 2 and not well) or (code == 0 and said):
+                failures.append((number, arguments, code, said))
+        except Exception:
+            failures.append((number, arguments, traceback.format_exc()[-600:]))
+        signal.alarm(0)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    for failure in failures:
+        print(*failure, sep="\n")
+    assert not failures
+    assert not Path("it-ran").exists()
+    assert memory < 2, f"{memory} GiB"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits time and memory as Unix does")
+def test_damaged_files_are_answered_rightly_or_refused_in_a_line(tmp_path):
+    process = PROCESSES.Process(target=fuzz, args=(tmp_path, 0, 520))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+# Runs that are killed
+
+
+def be_killed(folder: Path, kills: int, seed: int = 0, epochs: int = 40) -> int:
+    """Kill a run at random moments and resume it each time; return how often it was killed.
+
+    Raises unless it ends with the weights and the history of a run that was never killed.
+    """
+    rng = random.Random(seed)
+    start = ["--data-dir", str(write_mnist(folder / "data")), "--model", "lenet5", "--quiet"]
+    start += ["--epochs", str(epochs), "--patience", "1000", "--val-size", "20"]
+    assert run(*start, "--output-dir", "whole", cwd=folder).returncode == 0
+    begin, killed = [*start, "--output-dir", "killed"], 0
+    resume = ["--resume", "killed", "--data-dir", "data", "--quiet"]
+    while killed < kills:
+        begun = (folder / "killed" / "last.pt").exists()
+        if not begun:
+            shutil.rmtree(folder / "killed", ignore_errors=True)
+        process = PROCESSES.Process(
+            target=be_the_program, args=(resume if begun else begin, folder)
+        )
+        process.start()
+        process.join(rng.uniform(0.1, 1.0 if begun else 3.0))
+        if process.is_alive():
+            killed += 1
+        elif process.exitcode == 0:
+            shutil.rmtree(folder / "killed")  # at its end too early: from the beginning
+        else:
+            raise AssertionError(f"exit code {process.exitcode} after {killed} kills")
+        process.kill()
+        process.join()
+    if not (folder / "killed" / "last.pt").exists():
+        shutil.rmtree(folder / "killed", ignore_errors=True)
+        resume = begin
+    done = run(*resume, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    one, other = (rm.load_checkpoint(folder / name / "last.pt") for name in ("whole", "killed"))
+    assert without_timings(one["rows"]) == without_timings(other["rows"])
+    for key, weight in one["model"].items():
+        assert torch.equal(weight, other["model"][key]), key
+    assert [path for path in (folder / "killed").iterdir() if path.suffix == ".tmp"] == []
+    return killed
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path):
+    assert be_killed(tmp_path, kills=5) == 5
 
 
 MISTAKES = {
@@ -1552,6 +1923,46 @@ def test_import_has_no_side_effect_and_no_matplotlib(tmp_path):
         text=True,
     )
     assert (done.stdout, done.stderr) == ("[]\n", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def rooms() -> dict[str, str]:
+    """Return the sections of the program by their number; before the first is the docstring."""
+    parts = re.split(r"(?m)^(?=# %% )", SCRIPT.read_text(encoding="utf-8"))
+    return {"docstring": parts[0], **{part[5]: part for part in parts[1:]}}
+
+
+def execute(source: str, name: str, monkeypatch) -> dict:
+    """Run source as a module of its own, and return what it defines."""
+    module = types.ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    exec(compile(source, name, "exec"), module.__dict__)
+    return module.__dict__
+
+
+@pytest.mark.parametrize("room", "0123456789")
+def test_each_section_runs_with_those_that_the_table_of_contents_names(room, monkeypatch):
+    (line,) = re.findall(rf"(?m)^    {room}  .*$", rooms()["docstring"])
+    needed = re.search(r"(\d)(?: to (\d))?$", line)
+    first, last = (int(needed[1]), int(needed[2] or needed[1])) if needed else (0, -1)
+    source = "".join(rooms()[str(number)] for number in range(first, last + 1)) + rooms()[room]
+    names = execute(source, f"section_{room}", monkeypatch)
+    shown = {"1": lambda: names["visualize_model_architecture"](names["resnet18"]()),
+             "2": lambda: next(iter(names["MNISTDataLoader"](dataset="synthetic").test)),
+             "3": lambda: names["pick_precision"]("auto", names["pick_device"]()),
+             "4": lambda: names["RECIPES"]["plateau"],
+             "5": lambda: names["compute_accuracy"](LinearModel(), digits_loader()),
+             "6": lambda: names["plot_confusion_matrix"](torch.arange(10), torch.arange(10)),
+             "7": lambda: names["set_thickness"](torch.ones(9, 9)),
+             "8": lambda: names["lenet5"]()(torch.zeros(1, 1, 28, 28)),
+             "9": lambda: names["main"](["describe"])}  # fmt: skip
+    shown.get(room, lambda: None)()
+
+
+def test_in_a_notebook_nothing_starts_by_itself(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["/x/ipykernel_launcher.py", "-f", "kernel.json"])
+    execute("".join(rooms().values()), "__main__", monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
