@@ -766,6 +766,11 @@ class Recipe:
     def __post_init__(self):
         for setting in fields(self):
             value, (choices, low, high) = getattr(self, setting.name), setting.metadata["limits"]
+            kind = setting.metadata["flag"].get("type", type(setting.default))
+            numbers = (int, float) if kind is float else kind
+            parts = value if isinstance(setting.default, tuple) else [value]
+            if value != setting.default and not all(isinstance(part, numbers) for part in parts):
+                raise UserError(f"{setting.name} is {value!r}, not {kind.__name__}")
             if choices and value not in choices:
                 raise UserError(f"{setting.name} is {value!r}, not one of {', '.join(choices)}")
             if low is not None and value is not None and not low <= value < high:
@@ -1023,9 +1028,12 @@ def load_checkpoint(path: str | Path) -> dict:
     checkpoint = read_tensors(path)
     try:
         if checkpoint["format"] == FORMAT and checkpoint.keys() >= {"metrics", "rows", "model"}:
-            if len(only_weights(checkpoint["model"])) < len(checkpoint["model"]):
-                raise TypeError
-            return {**checkpoint, "recipe": Recipe(**checkpoint["recipe"])}
+            metrics, rows, weights = (checkpoint[name] for name in ("metrics", "rows", "model"))
+            for row in [*rows, metrics] if rows else []:
+                if not ROW.format(**row) or not math.isfinite(sum(row["batch_losses"])):
+                    raise ValueError
+            if len(only_weights(weights)) == len(weights):
+                return {**checkpoint, "recipe": Recipe(**checkpoint["recipe"])}
     except Exception as error:  # whatever is not as save_checkpoint() had it
         raise UserError(f"{path} is damaged, or is no checkpoint of this program") from error
     raise UserError(f"{path} is a checkpoint of another version of this program")

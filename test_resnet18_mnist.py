@@ -26,6 +26,7 @@ import traceback
 import types
 import zipfile
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -1966,45 +1967,134 @@ def test_in_a_notebook_nothing_starts_by_itself(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# What the input pipeline costs: `python test_resnet18_mnist.py`
+# What a step costs: `python test_resnet18_mnist.py`
+
+
+def everybodys_loop(name: str, augment: bool, data_dir: Path, device):
+    """Return the loop that most scripts have, as a function that goes through the data once."""
+    v1 = torchvision.transforms
+    steps = [v1.Resize((32, 32)), v1.Grayscale(3)] if name == "rgb32" else []
+    steps += [v1.RandomAffine(10, translate=(0.1, 0.1))] * augment
+    transform = v1.Compose([*steps, v1.ToTensor(), v1.Normalize((0.1307,), (0.3081,))])
+    dataset = torchvision.datasets.MNIST(data_dir, transform=transform)
+    how = {"num_workers": 2, "persistent_workers": True, "shuffle": True}
+    loader = DataLoader(dataset, 128, pin_memory=device.type == "cuda", **how)
+    model = torchvision.models.resnet18(num_classes=10)
+    model.conv1 = nn.Conv2d(1, 64, 7, 2, 3, bias=False)
+    if name == "rgb32":
+        model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    model.to(device)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=5e-4)
+
+    def loop():
+        total = 0
+        for images, labels in loader:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images.to(device)), labels.to(device))
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+
+    return loop
+
+
+def contestants(name: str, augment: bool, data_dir: Path, device) -> dict:
+    """Return three loops over the same number of batches of 128: floor, ours, everybody's."""
+    digits = rm.read_mnist(data_dir)
+    how = {"augment": rm.Distortion(10, 0.1)} if augment else {}
+    batches = rm.Batches(digits.train_images, digits.train_labels, 128, name, shuffle=True, **how)
+    batches.to(device)
+    images, labels = (part.contiguous() for part in next(iter(batches)))
+
+    def start():
+        trainer = rm.ResNetTrainer(rm.build_model(rm.Recipe(input=name)), device)
+        optimizer = rm.make_optimizer(trainer.model, rm.Recipe())
+        return trainer, optimizer
+
+    def floor(trainer, optimizer):
+        trainer.model.train()
+        for _ in range(len(batches)):
+            with rm.autocast(device, trainer.precision):
+                loss = F.cross_entropy(trainer.model(images), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        loss.item()  # waits for a GPU
+
+    def ours(trainer, optimizer):
+        rm.train_one_epoch(trainer.model, batches, optimizer, device, trainer.precision)
+
+    return {
+        "floor": functools.partial(floor, *start()),
+        "ours": functools.partial(ours, *start()),
+        "everybody": everybodys_loop(name, augment, data_dir, device),
+    }
+
+
+def peak_memory(which: str, name: str, data_dir: Path, device, answer) -> None:
+    """Tell the most memory that one contestant takes, workers not counted, in GB."""
+    loop = contestants(name, False, data_dir, device)[which]
+    loop()
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        import resource
+
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    answer.put(peak / 1e9)
 
 
 def benchmark(rounds: int = 3) -> None:
-    """Time the training loop on its own batches against the same steps on one fixed batch."""
+    """Time a step of the bare floor, of our loop and of everybody's, in turn."""
     device = rm.pick_device()
-    digits = rm.draw_synthetic_digits(0, 128 * 24, 10)
     print(f"{rm.describe_device(device)}, torch {torch.__version__}; medians of {rounds} rounds")
-    print("milliseconds a step of 128 images, and the ratio of the two loops with its range")
-    print("input   augment  batches alone  loop, fixed batch  loop, own batches  ratio")
+    print("floor: forward, backward and update on one fixed batch; 128 images a step")
+    print(
+        "input   augment   floor ms   ours ms  everybody ms  ours/floor            everybody/ours"
+    )
     for name, steps in (("gray28", 24), ("rgb32", 4)):
-        for augment in (False, True):
-            images, labels = digits.train_images[: 128 * steps], digits.train_labels[: 128 * steps]
-            how = {"augment": rm.Distortion(10, 0.1)} if augment else {}
-            own = rm.Batches(images, labels, 128, name, shuffle=True, **how).to(device)
-            fixed = [tuple(part.contiguous() for part in next(iter(own)))] * steps
-            trainer = rm.ResNetTrainer(rm.build_model(rm.Recipe(input=name)), device)
-            optimizer = torch.optim.SGD(trainer.model.parameters(), 0.01, 0.9, weight_decay=5e-4)
-
-            def loop(loader, trainer=trainer, optimizer=optimizer):
-                rm.train_one_epoch(trainer.model, loader, optimizer, device, trainer.precision)
-
-            def alone(loader):
-                return sum(images.contiguous()[-1, 0, 0, 0] for images, _ in loader).item()
-
-            contestants = ((alone, own), (loop, fixed), (loop, own))
-            times = [[], [], []]
-            for _ in range(rounds + 1):  # the first warms up
-                for contestant, (function, loader) in enumerate(contestants):
-                    started = time.perf_counter()
-                    function(loader)
-                    times[contestant].append(1000 * (time.perf_counter() - started) / steps)
-            alone_ms, fixed_ms, own_ms = (sorted(t[1:])[rounds // 2] for t in times)
-            ratios = sorted(b / a for _, a, b in list(zip(*times, strict=True))[1:])
-            print(
-                f"{name:8}{augment!s:7}{alone_ms:15.1f}{fixed_ms:19.1f}{own_ms:19.1f}"
-                f"  {ratios[rounds // 2]:.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})",
-                flush=True,
-            )
+        with tempfile.TemporaryDirectory() as folder:
+            raw = Path(folder, "MNIST", "raw")
+            digits = rm.draw_synthetic_digits(0, 128 * steps, 10)
+            for part, file in zip(digits[1:], ("train", "train", "t10k", "t10k"), strict=True):
+                kind = "images-idx3" if part.dim() == 3 else "labels-idx1"
+                write_idx(raw / f"{file}-{kind}-ubyte", part)
+            for augment in (False, True):
+                loops = contestants(name, augment, Path(folder), device)
+                times = {which: [] for which in loops}
+                for _ in range(rounds + 1):  # the first warms up
+                    for which, loop in loops.items():
+                        started = time.perf_counter()
+                        loop()
+                        times[which].append(1000 * (time.perf_counter() - started) / steps)
+                floor, ours, theirs = (times[which][1:] for which in loops)
+                line = f"{name:8}{augment!s:7}{median(floor):11.1f}{median(ours):10.1f}"
+                line += f"{median(theirs):14.1f}"
+                for above, below in ((ours, floor), (theirs, ours)):
+                    ratios = [a / b for a, b in zip(above, below, strict=True)]
+                    line += f"  {median(ratios):5.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+                print(line, flush=True)
+            peaks = []
+            for which in loops:
+                answer = PROCESSES.Queue()
+                task = (which, name, Path(folder), device, answer)
+                process = PROCESSES.Process(target=peak_memory, args=task)
+                process.start()
+                peaks.append(f"{which} {answer.get():.2f}")
+                process.join()
+            print(f"{name}, peak memory in GB: {', '.join(peaks)}", flush=True)
+        model = rm.build_model(rm.Recipe(input=name)).to(device, memory_format=torch.channels_last)
+        del loops  # and the workers of one
+        count = 250 * steps
+        test = rm.Batches(torch.zeros(count, 28, 28).byte(), torch.zeros(count).long(), 250, name)
+        precision = rm.pick_precision("auto", device)
+        test.to(device)
+        rm.evaluate(model, test, device, precision)
+        started = time.perf_counter()
+        rm.evaluate(model, test, device, precision)
+        testing = 10_000 / count * (time.perf_counter() - started)
+        epoch = 55_000 / 128 * median(ours) / 1000
+        print(f"{name}, testing 10,000 images: {testing:.1f} s, {testing / epoch:.1%} of an epoch")
 
 
 def score_kaggle(folder: Path, solution: Path | None) -> None:
@@ -2025,5 +2115,16 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=benchmark.__doc__)
     parser.add_argument("--kaggle", type=Path, metavar="DIR", help=score_kaggle.__doc__)
     parser.add_argument("--score", type=Path, metavar="FILE", help="solution.csv to score")
+    parser.add_argument("--kill", type=int, metavar="N", help=be_killed.__doc__)
+    parser.add_argument("--fuzz", type=int, metavar="N", help=fuzz.__doc__)
     args = parser.parse_args()
-    score_kaggle(args.kaggle, args.score) if args.kaggle or args.score else benchmark()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.kill:
+            print(f"killed {be_killed(Path(folder), args.kill)} times, and the same in the end")
+        elif args.fuzz:
+            fuzz(Path(folder), 1, args.fuzz)
+            print(f"{args.fuzz} damaged files, and each got an answer")
+        elif args.kaggle or args.score:
+            score_kaggle(args.kaggle, args.score)
+        else:
+            benchmark()
