@@ -17,7 +17,7 @@ The sections, each a notebook cell, and the sections above that each one needs:
     0  Imports
     1  Network       the residual block, and five depths built from it       0
     2  Data          70,000 digits as tensors; a batch is an index           0
-    3  Device        where to compute, and in which number format            0
+    3  Device        where to compute, how, and with how many processes      0
     4  Recipe        every hyperparameter and its default                    0 to 2
     5  Training      an epoch, early stopping, checkpoints, the whole run    0 to 4
     6  Pictures      curves, confusion matrix, mistakes, feature maps        0 to 5
@@ -33,6 +33,7 @@ Sources
     Simard et al. 2003         Best Practices for Convolutional Neural Networks
     Ioffe, Szegedy 2015        Batch Normalization                           arXiv:1502.03167
     Goyal et al. 2017          Accurate, Large Minibatch SGD                 arXiv:1706.02677
+    Otsu 1979                  A Threshold Selection Method from Gray-Level Histograms
     LeCun, Cortes, Burges      The MNIST Database      http://yann.lecun.com/exdb/mnist/
     LeCun et al. 1998          Gradient-Based Learning Applied to Document Recognition
 """
@@ -790,6 +791,11 @@ RECIPES = {
                         scheduler="step", lr_step=5, lr_factor=0.05, patience=10),
     "augmented": Recipe(optimizer="adam", lr=0.001, weight_decay=1e-4, scheduler="step",
                         lr_step=7, lr_factor=0.1, patience=99),
+    "fast":      Recipe(rotate=6.0, shift=0.05, stretch=0.06, epochs=6, batch_size=256,
+                        optimizer="nesterov", lr=0.2, scheduler="onecycle", ema=0.99, patience=99),
+    "best":      Recipe(rotate=12.0, shift=0.08, stretch=0.12, elastic=0.06, epochs=30,
+                        optimizer="nesterov", lr=0.1, scheduler="onecycle", ema=0.998,
+                        patience=99),
 }
 # fmt: on
 
@@ -1103,7 +1109,7 @@ class ResNetTrainer:
             for part in self.run_dir.glob(".*.tmp"):  # of a file that was being written at a kill
                 part.unlink()
             self._save()  # so that a run killed in its first epoch can be resumed as well
-        best_weights = copy.deepcopy(self._tested().state_dict())
+        best_weights = None if self.run_dir else copy.deepcopy(self._tested().state_dict())
         for loader in (train_loader, val_loader):
             if isinstance(loader, Batches):
                 loader.to(self.device, *rank_and_ranks())
@@ -1401,7 +1407,7 @@ def plot_readings(
         row[0].set_title(shown, fontsize=8, parse_math=False)
         row[1].set_title("as the network saw it", fontsize=8)
         digit = p.index(max(p))
-        colours = [VERMILION if place == digit else BLUE for place in range(10)]
+        colours = [BLUE if place == digit else "silver" for place in range(10)]
         row[2].bar(range(10), [100 * probability for probability in p], color=colours)
         row[2].set(xticks=range(10), ylim=(0, 100), yticks=(0, 50, 100))
         row[2].set_ylabel("probability (%)", fontsize=8)
@@ -1560,18 +1566,23 @@ def drop_specks(mask: Tensor) -> Tensor:
     return (sizes * 20 >= sizes.max())[part[0].long()] & mask
 
 
+def crop(ink: Tensor) -> Tensor:
+    """Return the smallest rectangle of (H, W) that holds all that is more than half ink."""
+    rows, columns = ((ink > 0.5).any(dim=1 - axis).nonzero() for axis in (0, 1))
+    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
 def set_thickness(ink: Tensor) -> Tensor:
-    """Thicken or thin the strokes of ink (H, W) to what a fifth to a tenth of its length allows."""
-    mask = F.pad(ink[None], (1, 1, 1, 1))
-    inner = -F.max_pool2d(-mask, 3, 1)  # without its outermost pixels
-    edge = (ink - inner[0]).sum().clamp(min=1)
-    thickness = 2 * ink.sum() / edge
-    target = thickness.clamp(max(ink.shape) / 10, max(ink.shape) / 5)
-    steps = round((target - thickness).item() / 2)
-    for _ in range(abs(steps)):
-        border = F.pad(ink[None], (1, 1, 1, 1)) if steps < 0 else F.pad(ink[None], (2, 2, 2, 2))
-        ink = (F.max_pool2d(border, 3, 1) if steps > 0 else -F.max_pool2d(-border, 3, 1))[0]
-    return ink
+    """Thicken or thin strokes (H, W) to between a tenth and a fifth of the digit's longer side."""
+    grow = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+    side = max(ink.shape)
+    ink = F.pad(ink[None], [side // 20 + 1] * 4)
+    rim = ink + grow(-ink)  # the outermost pixels of the strokes, which have two sides
+    thickness = (2 * ink.sum() / rim.sum().clamp(min=1)).item()
+    change = min(max(thickness, side / 10), side / 5) - thickness
+    for _ in range(round(abs(change) / 2)):
+        ink = grow(ink) if change > 0 else -grow(-ink)
+    return ink[0]
 
 
 def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
@@ -1587,10 +1598,10 @@ def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
     if picture.size == (28, 28) and edge.median() < 32 <= pixels.max():
         return picture, pixels
     ink = find_ink(picture)
-    if not ink.any():
+    if not (ink > 0.5).any():
         raise UserError(f"{path} shows no ink")
-    rows, columns = ((ink > 0.5).any(dim=1 - axis).nonzero() for axis in (0, 1))
-    ink = set_thickness(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+    strokes = set_thickness(crop(ink))
+    ink = crop(strokes if (strokes > 0.5).any() else ink)
     size = [max(1, round(20 * side / max(ink.shape))) for side in ink.shape]
     digit = TF.resize(ink[None], size, antialias=True)[0]  # (h, w), one of them 20
     digit = (255 * digit / digit.max()).round().byte()
