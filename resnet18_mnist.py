@@ -22,7 +22,7 @@ The sections, each a notebook cell, and the sections above that each one needs:
     5  Training      an epoch, early stopping, checkpoints, the whole run    0 to 4
     6  Pictures      curves, confusion matrix, mistakes, feature maps        0 to 5
     7  Own digits    from image files and from Kaggle's tables               0 to 5
-    8  Own networks  to compare with, and weights to start from              0 to 5
+    8  Other nets    to compare with, and weights to start from              0 to 5
     9  Command line  train, evaluate, predict, describe                      0 to 8
 
 Whoever stops after section 5 has read the whole idea.
@@ -101,7 +101,7 @@ def conv3x3(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Conv3x3(nn.Conv2d):
-    """nn.Conv2d, with a short cut for training on maps so small that the kernel has one stop."""
+    """nn.Conv2d, with a short cut in training where the kernel has only one position."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of x (N, in, H, W)."""
@@ -109,7 +109,8 @@ class Conv3x3(nn.Conv2d):
         if not self.training or max(height, width) > self.stride[0]:
             return super().forward(x)
         # On a 1×1 map, or with stride 2 on 2×2, most of the nine taps meet only padding. Without
-        # them it is a matrix product, of the same terms and in two thirds of the time.
+        # them it is a matrix product of the same terms, and faster. In tests it stays as it is,
+        # so that the logits are torchvision's to the last bit.
         taps = self.weight[:, :, 1 : 1 + height, 1 : 1 + width]
         return F.linear(x.flatten(1), taps.flatten(1))[:, :, None, None]
 
@@ -149,8 +150,8 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1×1 to ``planes`` channels, 3×3 there, 1×1 to four times as many (fig. 5 right).
 
-    It costs about what a BasicBlock on a quarter of its output channels costs: that makes 50
-    layers and more affordable. (N, inplanes, H, W) → (N, 4·planes, ⌈H/stride⌉, ⌈W/stride⌉).
+    On 256 channels it costs about what a BasicBlock costs on 64: that makes 50 layers and more
+    affordable. (N, inplanes, H, W) → (N, 4·planes, ⌈H/stride⌉, ⌈W/stride⌉).
     """
 
     expansion = 4
@@ -189,8 +190,9 @@ STEMS = ("imagenet", "cifar")
 
 
 class ResNet(nn.Module):
-    """A stem, four layers of ``layers`` blocks each, the mean of the last map, a linear classifier.
+    """A stem, four stages of so many blocks, the mean of the last map, a linear classifier.
 
+    A stage is called a layer, as torchvision has it, and ``layers`` are the numbers of blocks.
     The "imagenet" stem, a 7×7 with stride 2 and a max-pool, reduces each side to a quarter. The
     "cifar" stem, a 3×3 with stride 1, keeps every pixel of a small image, as the first layer of
     the paper's networks for CIFAR-10 does (He 2015a, 4.2). With ``plain`` the same layers have no
@@ -231,14 +233,15 @@ class ResNet(nn.Module):
 
     def _make_layer(self, block, planes: int, blocks: int, stride: int = 1) -> nn.Sequential:
         outplanes = planes * block.expansion
-        identity = downsample = NoShortcut() if self.plain else None
+        same_shape = NoShortcut() if self.plain else None  # None is the identity
+        downsample = same_shape
         if not self.plain and (stride != 1 or self.inplanes != outplanes):
             # A projection where the shape changes, the identity elsewhere (He 2015a, 4.1, B).
             projection = conv1x1(self.inplanes, outplanes, stride)
             downsample = nn.Sequential(projection, nn.BatchNorm2d(outplanes))
         first = block(self.inplanes, planes, stride, downsample)
         self.inplanes = outplanes
-        others = (block(outplanes, planes, downsample=identity) for _ in range(blocks - 1))
+        others = (block(outplanes, planes, downsample=same_shape) for _ in range(blocks - 1))
         return nn.Sequential(first, *others)
 
     def get_feature_maps(self, images: Tensor) -> dict[str, Tensor]:
@@ -289,7 +292,7 @@ def list_layers(model: nn.Module, image: Tensor) -> list[Layer]:
     layer's weights that the image can reach.
     """
     rows, counter = [], FlopCounterMode(display=False)
-    model = copy.deepcopy(model).eval()  # a copy, which takes the hooks with it
+    model = copy.deepcopy(model).eval()  # the hooks go on a copy
 
     def add_row(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         parameters = sum(p.numel() for p in layer.parameters())
@@ -298,8 +301,8 @@ def list_layers(model: nn.Module, image: Tensor) -> list[Layer]:
             return
         live = 1.0
         if isinstance(layer, nn.Conv2d):
-            # Of the nine weights of a 3×3 kernel on a 1×1 map, eight lie on the padding: they
-            # are dead. On any map, those weights are that lie there at every stop of the kernel.
+            # A weight is dead if it meets padding at every position of the kernel, as eight of
+            # nine do on a 1×1 map.
             window = layer.kernel_size, layer.dilation, layer.padding, layer.stride
             live = F.unfold(torch.ones_like(x[:, :1]), *window).amax(dim=2).mean().item()
         flops = counter.get_flop_counts().get(f"{type(model).__name__}.{name}", {})
@@ -340,7 +343,7 @@ def visualize_model_architecture(model: nn.Module, image_size: int | None = None
 #
 # MNIST is 55 MB of bytes: it lives as uint8 tensors on the device that trains. A batch is an index
 # into them, made float, augmented and normalised as a whole. With no Python per image and no
-# worker process, making a batch takes little beside training on it.
+# worker process, making a batch takes little next to training on it.
 
 INPUTS = {"gray28": (1, 28), "rgb32": (3, 32), "rgb224": (3, 224)}  # channels, pixels a side
 # Mean and deviation of pixels scaled to 0–1: of MNIST's 60,000 training images, and of the 42,000
@@ -351,6 +354,31 @@ TEST_BATCH = 250  # images a batch, where no gradients are kept: the fastest tha
 
 # Images (N, 28, 28) uint8, light ink on dark ground, with labels (N,) int64 from 0 to 9.
 Digits = namedtuple("Digits", "name train_images train_labels test_images test_labels")
+
+
+class DataMissing(UserError):
+    """None of MNIST's files is there, and none could be downloaded."""
+
+
+def explain_failure(raw: Path, error: Exception) -> UserError:
+    """Find the file that made torchvision fail with ``error``."""
+    mnist, missing = datasets.mnist, []
+    for name, md5 in datasets.MNIST.resources:
+        packed, unpacked = raw / name, raw / name.removesuffix(".gz")
+        try:
+            if unpacked.is_file():
+                (mnist.read_image_file if "images" in name else mnist.read_label_file)(unpacked)
+        except Exception:  # whatever torchvision makes of arbitrary bytes
+            return UserError(f"{unpacked} is damaged: delete it, and it is made again")
+        if not packed.is_file():
+            missing.append(name)
+        elif not mnist.check_integrity(packed, md5):
+            return UserError(f"{packed} is damaged (wrong MD5) and cannot be downloaded")
+    if isinstance(error, OSError) and error.strerror:
+        return UserError(f"MNIST cannot be brought to {raw}: {error.strerror}")
+    kind = UserError if any(raw.glob("*-ubyte*")) else DataMissing
+    reason = str(error).strip().rpartition("\n")[2]
+    return kind(f"MNIST cannot be downloaded ({reason}); put {', '.join(missing)} into {raw}")
 
 
 def read_mnist(data_dir: str | Path) -> Digits:
@@ -387,24 +415,26 @@ def distort(images: Tensor, draws: list[Tensor], by: Distortion) -> Tensor:
     """Turn, move, stretch and bend each image (N, C, H, W), at random and by so much at most.
 
     ``by`` has degrees, and parts of the side for the rest. Each image has draws of its own in
-    [-1, 1), a row of each of three (N, 3), (N, 3), (N, 72): torchvision's transforms give one to
-    a whole batch (its issue 8484). What moves in from outside is 0, background.
+    [-1, 1), in the rows of (N, 3), (N, 3), (N, 72): torchvision's transforms give one to a whole
+    batch (its issue 8484). What moves in from outside is 0, background.
     """
-    place, stretch, pull = draws
-    angle = place[:, 0] * math.radians(by.rotate)
+    move, stretch, pull = draws
+    angle = move[:, 0] * math.radians(by.rotate)
     cos, sin = angle.cos(), angle.sin()
     # theta = [cos -sin dx; sin cos dy] takes the place of an output pixel to that of the input
     # pixel that it copies, where the image goes from -1 to 1.
-    dx, dy = 2 * by.shift * place[:, 1:].T
+    dx, dy = 2 * by.shift * move[:, 1:].T
     theta = torch.stack([cos, -sin, dx, sin, cos, dy], dim=1).view(-1, 2, 3)
     if by.stretch:
         wide, slant, high = by.stretch * stretch.T
         zero = torch.zeros_like(wide)
         theta = theta + torch.stack([wide, slant, zero, zero, high, zero], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    if by.elastic:  # pull at 6×6 points and bend what lies between, after Simard et al. 2003
+    if by.elastic:
+        # Pull at 6×6 points, and bend what lies between. Simard et al. 2003 draw for every pixel
+        # and smooth what they drew.
         pull = 2 * by.elastic * pull.view(-1, 2, 6, 6)
-        bend = F.interpolate(pull, size=images.shape[2:], mode="bicubic")
+        bend = F.interpolate(pull, size=images.shape[2:], mode="bilinear")
         grid = grid + bend.permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, align_corners=False)
 
@@ -464,8 +494,8 @@ class Batches:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         self.epoch += 1
         order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
-        draws = [2 * torch.rand(n, count, generator=generator) - 1 for count in (3, 3, 72)]
-        draws = [part.to(device) for part in draws] if self.augment else []
+        counts = (3, 3, 72) if self.augment else ()  # what distort() asks for
+        draws = [(2 * torch.rand(n, k, generator=generator) - 1).to(device) for k in counts]
         for index in order.to(device).tensor_split(self._cuts()):
             index = index.tensor_split(self.ranks)[self.rank]
             x = TF.resize(self.images[index], [self.size, self.size], antialias=False)
@@ -509,8 +539,8 @@ class MNISTDataLoader:
         train, val = split_by_class(labels, val_size, seed)
         train, common = train[:limit], (input, normalize, seed)
         augment = Distortion(10, 0.1) if augment is True else augment or None
-        learn = batch_size, *common, True, augment
-        self.train = Batches(images[train], labels[train], *learn)
+        learn = {"shuffle": True, "augment": augment}
+        self.train = Batches(images[train], labels[train], batch_size, *common, **learn)
         self.val = Batches(images[val], labels[val], TEST_BATCH, *common) if val_size else None
         labelled = test[1] is not None
         self.test = Batches(*test, TEST_BATCH, *common) if labelled else self.val
@@ -536,31 +566,6 @@ def load_digits(dataset: str, data_dir: str | Path, seed: int) -> Digits:
     return draw_synthetic_digits(seed)
 
 
-class DataMissing(UserError):
-    """None of MNIST's files is there, and none could be downloaded."""
-
-
-def explain_failure(raw: Path, error: Exception) -> UserError:
-    """Find the file that made torchvision fail with ``error``."""
-    mnist, missing = datasets.mnist, []
-    for name, md5 in datasets.MNIST.resources:
-        packed, unpacked = raw / name, raw / name.removesuffix(".gz")
-        try:
-            if unpacked.is_file():
-                (mnist.read_image_file if "images" in name else mnist.read_label_file)(unpacked)
-        except Exception:  # whatever torchvision makes of arbitrary bytes
-            return UserError(f"{unpacked} is damaged: delete it, and it is made again")
-        if not packed.is_file():
-            missing.append(name)
-        elif not mnist.check_integrity(packed, md5):
-            return UserError(f"{packed} is damaged (wrong MD5) and cannot be downloaded")
-    if isinstance(error, OSError) and error.strerror:
-        return UserError(f"MNIST cannot be brought to {raw}: {error.strerror}")
-    kind = UserError if any(raw.glob("*-ubyte*")) else DataMissing
-    reason = str(error).strip().rpartition("\n")[2]
-    return kind(f"MNIST cannot be downloaded ({reason}); put {', '.join(missing)} into {raw}")
-
-
 def draw_synthetic_digits(seed: int, train_size: int = 6000, test_size: int = 1000) -> Digits:
     """Draw digits of random font, size, place, rotation and stroke, with matplotlib's fonts."""
     import matplotlib
@@ -572,7 +577,7 @@ def draw_synthetic_digits(seed: int, train_size: int = 6000, test_size: int = 10
     rng = random.Random(seed)
 
     def draw(digit: int) -> Tensor:
-        canvas = Image.new("L", (56, 56))  # twice too large: shrinking smooths the edges
+        canvas = Image.new("L", (56, 56))  # twice the size: shrinking smooths the edges
         place, stroke = (rng.uniform(22, 34), rng.uniform(22, 34)), rng.randint(0, 2)
         pen = ImageDraw.Draw(canvas)
         pen.text(place, str(digit), 255, rng.choice(fonts), anchor="mm", stroke_width=stroke)
@@ -636,8 +641,8 @@ def autocast(device: torch.device | str, precision: str) -> torch.autocast:
 
 
 # torchrun starts a program several times, perhaps on several machines. Each process, a "rank",
-# trains on its part of every batch, and all of them take the same step: the sum of their
-# gradients. All that the ranks have to tell each other is here.
+# trains on its part of every batch; DistributedDataParallel averages their gradients, so that all
+# take the same step. What else they have to tell each other is here.
 
 
 def join_ranks(device: torch.device) -> torch.device:
@@ -665,10 +670,7 @@ def gather(content) -> list:
 
 
 def weigh(images: int, device: torch.device | str) -> Tensor | float:
-    """Return the weight of this rank's part of a batch, in a mean over ranks, for one over images.
-
-    1 where all have as many.
-    """
+    """Return what makes a mean over ranks one over images, where this rank has so many of them."""
     if not dist.is_initialized():
         return 1.0
     total = torch.tensor(float(images), device=device)
@@ -692,9 +694,13 @@ def share_statistics(model: nn.Module) -> None:
 DATASETS = ("auto", "mnist", "synthetic", "kaggle")
 SCHEDULERS = ("plateau", "step", "cosine", "onecycle", "none")
 PER_UPDATE = ("cosine", "onecycle")  # these change the rate within an epoch
-OPTIMIZERS = {"sgd": torch.optim.SGD, "nesterov": partial(torch.optim.SGD, nesterov=True)}
-OPTIMIZERS |= {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-OPTIMIZERS |= {"rmsprop": torch.optim.RMSprop}
+OPTIMIZERS = {
+    "sgd": torch.optim.SGD,
+    "nesterov": partial(torch.optim.SGD, nesterov=True),
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+}
 
 
 def option(
@@ -737,7 +743,7 @@ class Recipe:
     )
     select_on: str = option("val", "the set that selects; test is optimistic", ("val", "test"))
     limit: int | None = option(None, "images to train on (default: all)", low=2, type=int)
-    augment: bool = option(True, "distort the training images at random, as these four say")
+    augment: bool = option(True, "distort the training images, as the next four say")
     rotate: float = option(10.0, "degrees to turn them by, at most", low=0, high=181)
     shift: float = option(0.1, "part of the side to shift them by, at most", low=0, high=1)
     stretch: float = option(0.0, "part to stretch and slant them by, at most", low=0, high=1)
@@ -754,7 +760,7 @@ class Recipe:
     lr_factor: float = option(0.3, "factor to it at a plateau or a step", low=0, high=1)
     lr_patience: int = option(0, "plateau: bad epochs before the rate falls", low=0)
     lr_step: int = option(5, "step: epochs from one to the next", low=1)
-    ema: float = option(0.0, "test a mean of weights that keeps so much a step", low=0, high=1)
+    ema: float = option(0.0, "decay of a running mean of the weights; 0: no mean", low=0, high=1)
     patience: int = option(5, "bad epochs, without a lower loss, that end the run", low=1)
     test_train: bool = option(False, "after each epoch, test on the training images too")
     seed: int = option(0, "fixes split, initial weights, order and augmentation", low=0)
@@ -779,7 +785,7 @@ class Recipe:
 
 
 # Ways in which ResNets are trained on MNIST (README, Recipes); what is not named has its default.
-# A patience of 99 ends no run that is not longer.
+# A patience of 99 switches early stopping off.
 # fmt: off
 RECIPES = {
     "plateau":   Recipe(),
@@ -793,9 +799,6 @@ RECIPES = {
                         lr_step=7, lr_factor=0.1, patience=99),
     "fast":      Recipe(rotate=6.0, shift=0.05, stretch=0.06, epochs=6, batch_size=256,
                         optimizer="nesterov", lr=0.2, scheduler="onecycle", ema=0.99, patience=99),
-    "best":      Recipe(rotate=12.0, shift=0.08, stretch=0.12, elastic=0.06, epochs=30,
-                        optimizer="nesterov", lr=0.1, scheduler="onecycle", ema=0.998,
-                        patience=99),
 }
 # fmt: on
 
@@ -839,7 +842,8 @@ def train_one_epoch(
     model.train()
     freeze_statistics(model)
     optimizer.zero_grad()
-    sizes, losses, correct = [], [], []  # left on the device: no step waits for the one before
+    # Left on the device, so that no step but every hundredth waits for the one before.
+    sizes, losses, correct = [], [], []
     started = shown = time.perf_counter()
     for step, (images, labels) in enumerate(loader):
         images = images.to(device, non_blocking=True)  # (N, C, H, W)
@@ -867,14 +871,14 @@ def train_one_epoch(
                 speed, left = sum(sizes) / (now - started), len(loader) / (step + 1) - 1
                 line = f"{title}  batch {step + 1}/{len(loader)}  loss {loss_so_far:.4f}  "
                 show_progress(f"{line}{speed:,.0f} images/s  {left * (now - started):.0f} s left")
-    images = torch.tensor(sizes)  # (steps,), as are the others
-    table = torch.stack([check_finite(losses) * images, torch.stack(correct).cpu(), images])
-    losses, correct, images = sum(gather(table))  # over the ranks
+    counts = torch.tensor(sizes)  # (steps,), as are the others
+    table = torch.stack([check_finite(losses) * counts, torch.stack(correct).cpu(), counts])
+    losses, correct, counts = sum(gather(table))  # over the ranks
     return {
-        "loss": (losses.sum() / images.sum()).item(),
-        "accuracy": (100 * correct.sum() / images.sum()).item(),
-        "batch_losses": (losses / images)[::50].tolist(),
-        "images_per_second": images.sum().item() / (time.perf_counter() - started),
+        "loss": (losses.sum() / counts.sum()).item(),
+        "accuracy": (100 * correct.sum() / counts.sum()).item(),
+        "batch_losses": (losses / counts)[::50].tolist(),
+        "images_per_second": counts.sum().item() / (time.perf_counter() - started),
     }
 
 
@@ -905,10 +909,10 @@ def evaluate(
     with autocast(device, precision):
         outputs = [(model(images.to(device)), labels) for images, labels in loader]
     model.train(training)
-    ranks = gather([(logits.cpu(), labels.cpu()) for logits, labels in outputs])
+    ranks = gather([(logits.float().cpu(), labels.cpu()) for logits, labels in outputs])
     outputs = [part for batch in zip(*ranks, strict=True) for part in batch]  # in their order
     logits, labels = (torch.cat(part) for part in zip(*outputs, strict=True))
-    logits, predictions = logits.float(), logits.argmax(dim=1)
+    predictions = logits.argmax(dim=1)
     return {
         "loss": F.cross_entropy(logits, labels).item(),
         "accuracy": 100 * (predictions == labels).sum().item() / len(labels),
@@ -950,12 +954,12 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return kind(weights, lr=recipe.lr, weight_decay=recipe.weight_decay, **options)
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, updates: int):
-    """Return the recipe's scheduler, where an epoch has so many updates.
+def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, updates_per_epoch: int):
+    """Return the recipe's scheduler.
 
     Those in PER_UPDATE take a step after each update, the others after each epoch.
     """
-    kinds, updates = torch.optim.lr_scheduler, recipe.epochs * updates
+    kinds, updates = torch.optim.lr_scheduler, recipe.epochs * updates_per_epoch
     if recipe.scheduler == "plateau":
         options = {"factor": recipe.lr_factor, "patience": recipe.lr_patience, "threshold": 0}
         return kinds.ReduceLROnPlateau(optimizer, **options)
@@ -1035,7 +1039,7 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         if checkpoint["format"] == FORMAT and checkpoint.keys() >= {"metrics", "rows", "model"}:
             metrics, rows, weights = (checkpoint[name] for name in ("metrics", "rows", "model"))
-            for row in [*rows, metrics] if rows else []:
+            for row in [*rows, metrics] if rows else []:  # what cannot be printed is damaged
                 if not ROW.format(**row) or not math.isfinite(sum(row["batch_losses"])):
                     raise ValueError
             if len(only_weights(weights)) == len(weights):
@@ -1123,17 +1127,16 @@ class ResNetTrainer:
                 self.scheduler.step()
             row["best"] = stopping.step(row["val_loss"])
             self.rows.append(row)
-            if row["best"] and not self.run_dir:
-                best_weights = copy.deepcopy(self._tested().state_dict())
             if self.run_dir:
                 self._save()
+            elif row["best"]:
+                best_weights = copy.deepcopy(self._tested().state_dict())
             if not self.quiet:
                 print(ROW.format(**{**row, "best": "best" * row["best"]}).rstrip(), flush=True)
         if stopping.should_stop and not self.quiet:
             print(f"stopped early: no lower loss for {recipe.patience} epochs")
-        if self.run_dir:
-            best_weights = load_checkpoint(self.run_dir / "best.pt")["model"]
-        self.model.load_state_dict(best_weights)
+        kept = load_checkpoint(self.run_dir / "best.pt")["model"] if self.run_dir else None
+        self.model.load_state_dict(gather(kept)[0] or best_weights)  # the first rank has the folder
         self.model.eval()
         self.average = None  # the model has become what was to be tested
         return {name: [row[name] for row in self.rows] for name in self.rows[0]}
@@ -1168,10 +1171,10 @@ class ResNetTrainer:
                 val = self.test(val_loader)
             after = None
             if recipe.test_train:
-                plain = copy.copy(train_loader)
-                if isinstance(plain, Batches):
-                    plain.augment = None
-                after = self.test(plain)["accuracy"]
+                as_they_are = copy.copy(train_loader)
+                if isinstance(as_they_are, Batches):
+                    as_they_are.augment = None
+                after = self.test(as_they_are)["accuracy"]
             if not math.isfinite(val["loss"]):
                 raise FloatingPointError(f"the validation loss became {val['loss']}")
         except FloatingPointError as error:
@@ -1340,7 +1343,7 @@ def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor) -> list[flo
 
 
 def plot_comparison(runs: dict[str, tuple[list[dict], list[float]]]):
-    """Draw runs, each with its rows and gradient norms: what time buys, and what depth costs."""
+    """Draw runs, each with its rows and gradient norms, as accuracy by time, loss, and norms."""
     figure, ((time_axis, loss_axis, depth_axis),) = subplots(1, 3, 13, 4.4, "")
     for place, (name, (rows, norms)) in enumerate(runs.items()):
         style = {"color": PALETTE[place % 7], "marker": "osD^vP*"[place % 7], "ms": 4}
@@ -1394,24 +1397,29 @@ def plot_digits(images: Tensor, captions: list[str], wrong: list[bool], title: s
 
 
 def plot_readings(
-    names: Sequence[str], pictures: Sequence, digits: Sequence[Tensor], odds: Tensor, title: str
+    names: Sequence[str],
+    pictures: Sequence,
+    digits: Sequence[Tensor],
+    probabilities: Tensor,
+    title: str,
 ):
     """Draw, of the first ten pictures, each beside what the network saw and its probabilities."""
     rows = min(len(pictures), 10)
     figure, axes = subplots(rows, 3, 8, 1.7 * rows + 1.1, title)
-    for row, name, *shown, p in zip(axes, names, pictures, digits, odds.tolist(), strict=False):
-        for axis, image in zip(row, shown, strict=False):
+    drawn = zip(axes, names, pictures, digits, probabilities.tolist(), strict=False)
+    for row, name, picture, digit, p in drawn:
+        for axis, image in zip(row, (picture, digit.numpy()), strict=False):
             axis.imshow(image, cmap="gray")
             axis.axis("off")
         shown = name if len(name) < 28 else f"{name[:12]}...{name[-12:]}"
         row[0].set_title(shown, fontsize=8, parse_math=False)
         row[1].set_title("as the network saw it", fontsize=8)
-        digit = p.index(max(p))
-        colours = [BLUE if place == digit else "silver" for place in range(10)]
+        read = p.index(max(p))
+        colours = [BLUE if place == read else "silver" for place in range(10)]
         row[2].bar(range(10), [100 * probability for probability in p], color=colours)
         row[2].set(xticks=range(10), ylim=(0, 100), yticks=(0, 50, 100))
         row[2].set_ylabel("probability (%)", fontsize=8)
-        row[2].set_title(f"read as {digit}, {100 * p[digit]:.1f} %", fontsize=8)
+        row[2].set_title(f"read as {read}, {100 * p[read]:.1f} %", fontsize=8)
         row[2].tick_params(labelsize=8)
     axes[-1, 2].set_xlabel("digit", fontsize=8)
     return figure
@@ -1502,7 +1510,6 @@ def open_image(path: str | Path) -> Image.Image:
         raise UserError(f"{path} cannot be read as an image") from error
     brightness = ImageStat.Stat(picture.convert("L"), picture.getchannel("A")).mean[0]
     ground = Image.new("RGBA", picture.size, "black" if brightness > 128 else "white")
-    ground = ground if picture.getextrema()[3][0] < 255 else picture
     picture = Image.alpha_composite(ground, picture).convert("RGB")
     if max(picture.size) > 128:  # noise is finer than strokes
         picture = picture.filter(ImageFilter.GaussianBlur(max(picture.size) / 200))
@@ -1529,7 +1536,7 @@ def find_ink(picture: Image.Image) -> Tensor:
         surface = torch.linalg.lstsq(terms[is_paper], colours[:, is_paper].T, driver="gelsd")
         difference = (colours - (terms @ surface.solution).permute(2, 0, 1)).abs().amax(dim=0)
         is_paper = difference <= max(8, 2.5 * difference[is_paper].median().item())
-    # Otsu 1979: the threshold that parts the values into the two most different classes.
+    # Otsu 1979: the threshold that leaves the largest variance between what it parts.
     counts = torch.histc(difference, 256, 0, 256)
     below = counts.cumsum(dim=0)
     sums = (counts * torch.arange(0.5, 256)).cumsum(dim=0)
@@ -1620,13 +1627,13 @@ def read_kaggle(path: str | Path, labelled: bool) -> tuple[Tensor, Tensor | None
     Raises UserError that names the file, and row and column of what is wrong in it.
     """
     columns = ["label"] * labelled + [f"pixel{number}" for number in range(784)]
-    csv.field_size_limit(2**30)  # what is too long is to be named as well
+    csv.field_size_limit(2**30)  # a cell that is too long is to be named too
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             if next(csv.reader(file), None) != columns:
                 raise UserError(f"{path}, row 1: the columns are not {', '.join(columns[:3])} ...")
             with warnings.catch_warnings():
-                warnings.simplefilter("error")  # that there is no row is but a warning
+                warnings.simplefilter("error")  # NumPy only warns of a file without rows
                 how = {"delimiter": ",", "quotechar": '"', "comments": None, "ndmin": 2}
                 table = np.loadtxt(file, np.uint8, **how)
             if table.shape[1] != len(columns) or (labelled and table[:, 0].max() > 9):
@@ -1670,7 +1677,7 @@ def as_loader(trainer: ResNetTrainer, images: Tensor) -> Batches:
     return batches.to(trainer.device)
 
 
-# %% 8. Own networks
+# %% 8. Other networks
 #
 # What a ResNet is compared with, what training can start from, and what it leaves as it is.
 
@@ -1898,7 +1905,9 @@ def list_recipes() -> None:
         print(textwrap.fill(text, 79, **indents))
 
 
-def start_or_resume(args: argparse.Namespace, given: dict) -> tuple[Recipe, dict | None, Path]:
+def start_or_resume(
+    args: argparse.Namespace, given: dict
+) -> tuple[Recipe, dict | None, Path | None]:
     """Return the recipe, and for a resumed run its last checkpoint and its folder."""
     if args.resume is None:
         return replace(RECIPES[args.recipe or "plateau"], **given), None, None
@@ -1938,10 +1947,10 @@ def command_train(args: argparse.Namespace, given: dict) -> None:
     if recipe.weights is not None and not checkpoint:
         loaded, fresh = load_weights(model, recipe.model, recipe.weights)
     freeze(model, recipe.freeze, fresh)
-    for turn in (0, 1):  # the first of a machine's processes downloads what is missing
-        if (int(os.environ.get("LOCAL_RANK", 0)) > 0) == turn:
-            data = load_data(recipe, args.data_dir)
-        gather(None)
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0  # a machine's first process downloads
+    data = load_data(recipe, args.data_dir) if first else None
+    gather(None)  # the others wait for it
+    data = data or load_data(recipe, args.data_dir)
     recipe = replace(recipe, dataset=data.name)
     name = f"{recipe.model}-{recipe.input}-{recipe.dataset}"
     run_dir = None if rank else run_dir or claim_run_dir(args.output_dir, name)
@@ -1960,6 +1969,8 @@ def command_train(args: argparse.Namespace, given: dict) -> None:
         history = trainer.train(data.train, data.val, resume=checkpoint)
         finish_run(trainer, data, history)
     except KeyboardInterrupt:
+        if not run_dir:
+            raise
         command = ["python", sys.argv[0], "--resume", str(run_dir), "--data-dir", args.data_dir]
         print(f"stopped; this goes on:  {shlex.join(command)}", file=sys.stderr)
         raise
@@ -1971,7 +1982,7 @@ def finish_run(trainer: ResNetTrainer, data: MNISTDataLoader, history: dict) -> 
     results = trainer.test(data.test.to(trainer.device, *rank_and_ranks()))
     if not run_dir:  # of several processes, the first one writes
         return
-    data.test.to(trainer.device)
+    data.test.to(trainer.device)  # all of it, for the pictures
     report = make_report(recipe, load_checkpoint(run_dir / "best.pt")["metrics"], results)
     write_atomically(run_dir / "report.txt", report.encode())
     print(report if trainer.quiet else f"\n{report}")
@@ -2000,16 +2011,17 @@ def command_evaluate(args: argparse.Namespace, given: dict) -> None:
         parameters, flops = (sum(layer[i] for layer in layers) for i in (2, 3))
         counts = f"{parameters:,}", f"{flops / 1e6:,.1f}", f"{seconds:.1f}"
         table += [(recipe.model, recipe.input, *counts, f"{results['accuracy']:.2f} %", path)]
+        if len(args.runs) < 2:
+            return
         torch.manual_seed(recipe.seed)
         images, labels = next(iter(data.train))
         norms = gradient_norms(build_model(recipe), images, labels)
-        curves[path.parent.name if path.name == "best.pt" else str(path)] = rows, norms
-    if len(args.runs) > 1:
-        for line in table:
-            print("{:20} {:7}{:>12}{:>9}{:>9}{:>10}  {}".format(*map(str, line)))
-        picture = find_checkpoint(args.runs[0], "best.pt").with_name("comparison.png")
-        save_figure(plot_comparison(curves), picture)
-        print(f"accuracy against time, training loss, gradients: {picture}")
+        curves[str(path.parent if path.name == "best.pt" else path)] = rows, norms
+    for line in table:
+        print("{:20} {:7}{:>12}{:>9}{:>9}{:>10}  {}".format(*map(str, line)))
+    picture = find_checkpoint(args.runs[0], "best.pt").with_name("comparison.png")
+    save_figure(plot_comparison(curves), picture)
+    print(f"accuracy against time, training loss, gradients: {picture}")
 
 
 def command_predict(args: argparse.Namespace, given: dict) -> None:
@@ -2063,12 +2075,10 @@ def make_parser(command: str) -> argparse.ArgumentParser:
     operands = {"evaluate": "[RUN ...] ", "predict": "[IMAGE ...] "}.get(command, "")
     parser.usage = f"%(prog)s {operands}[flags]"
     add = parser.add_argument
-    of_network = ["model", "input", "stem", "plain"]
-    flags = {"train": [f.name for f in fields(Recipe)], "describe": of_network}
+    of_network = ("model", "input", "stem", "plain")
     for setting in fields(Recipe):
-        if setting.name not in flags.get(command, ()):
-            continue
-        add("--" + setting.name.replace("_", "-"), **setting.metadata["flag"])
+        if command == "train" or (command == "describe" and setting.name in of_network):
+            add("--" + setting.name.replace("_", "-"), **setting.metadata["flag"])
     if command == "train":
         named = "named settings (list shows them); flags given beside it win"
         add("--recipe", choices=(*RECIPES, "list"), help=named)
