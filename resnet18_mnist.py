@@ -647,33 +647,40 @@ def autocast(device: torch.device | str, precision: str) -> torch.autocast:
 
 def join_ranks(device: torch.device) -> torch.device:
     """Join the processes that torchrun started, if it did; return this one's device."""
-    if not dist.is_torchelastic_launched():
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
         return device
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"torchrun works with --device cpu or cuda here, not with {device}")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
 
+def is_distributed() -> bool:
+    """Return whether this is one of several processes that train together."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def rank_and_ranks() -> tuple[int, int]:
     """Return which process this is, and how many there are: (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
 
 
 def gather(content) -> list:
     """Return what each rank gave: numbers, text, tensors on the CPU, or lists of these."""
     contents = [content] * rank_and_ranks()[1]
-    if dist.is_initialized():
+    if is_distributed():
         dist.all_gather_object(contents, content)
     return contents
 
 
 def weigh(images: int, device: torch.device | str) -> Tensor | float:
     """Return what makes a mean over ranks one over images, where this rank has so many of them."""
-    if not dist.is_initialized():
+    if not is_distributed():
         return 1.0
-    total = torch.tensor(float(images), device=device)
+    total = torch.full((), float(images), device=device)
     dist.all_reduce(total)
     return images * dist.get_world_size() / total
 
@@ -684,7 +691,7 @@ def share_statistics(model: nn.Module) -> None:
     In training each rank normalises by its own part of the batch, as DistributedDataParallel has
     it, and the first one's running statistics count.
     """
-    if dist.is_initialized():
+    if is_distributed():
         for statistic in model.buffers():
             dist.broadcast(statistic, 0)
 
@@ -771,6 +778,8 @@ class Recipe:
     deterministic: bool = option(False, "the same numbers again on a GPU too, more slowly")
 
     def __post_init__(self):
+        if self.optimizer == "nesterov" and not self.momentum:
+            raise UserError("nesterov needs a momentum above 0")
         for setting in fields(self):
             value, (choices, low, high) = getattr(self, setting.name), setting.metadata["limits"]
             kind = setting.metadata["flag"].get("type", type(setting.default))
@@ -845,9 +854,10 @@ def train_one_epoch(
     # Left on the device, so that no step but every hundredth waits for the one before.
     sizes, losses, correct = [], [], []
     started = shown = time.perf_counter()
+    on_cuda = torch.device(device).type == "cuda"  # elsewhere such a copy may come too late
     for step, (images, labels) in enumerate(loader):
-        images = images.to(device, non_blocking=True)  # (N, C, H, W)
-        labels = labels.to(device, non_blocking=True)  # (N,)
+        images = images.to(device, non_blocking=on_cuda)  # (N, C, H, W)
+        labels = labels.to(device, non_blocking=on_cuda)  # (N,)
         with autocast(device, precision):
             logits = model(images)  # (N, 10)
             loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
@@ -899,7 +909,7 @@ def show_progress(line: str) -> None:
         print(line, flush=True)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(
     model: nn.Module, loader, device: torch.device | str = "cpu", precision: str = "fp32"
 ) -> dict:
@@ -909,7 +919,8 @@ def evaluate(
     with autocast(device, precision):
         outputs = [(model(images.to(device)), labels) for images, labels in loader]
     model.train(training)
-    ranks = gather([(logits.float().cpu(), labels.cpu()) for logits, labels in outputs])
+    outputs = [(logits.float().cpu(), labels.cpu()) for logits, labels in outputs]
+    ranks = gather(outputs) if getattr(loader, "ranks", 1) > 1 else [outputs]
     outputs = [part for batch in zip(*ranks, strict=True) for part in batch]  # in their order
     logits, labels = (torch.cat(part) for part in zip(*outputs, strict=True))
     predictions = logits.argmax(dim=1)
@@ -1076,8 +1087,11 @@ class ResNetTrainer:
         self.run_dir = Path(run_dir) if run_dir else None
         self.device = pick_device(device)
         self.precision = pick_precision(self.recipe.precision, self.device)
-        # The layout that cuDNN and oneDNN prefer: it saves a transposition a convolution.
-        self.model = model.to(self.device, memory_format=torch.channels_last)
+        # The layout that cuDNN and oneDNN prefer: it saves a transposition a convolution. On mps
+        # gradients through it were wrong (PyTorch's issue 175189).
+        on_mps = self.device.type == "mps"
+        layout = torch.preserve_format if on_mps else torch.channels_last
+        self.model = model.to(self.device, memory_format=layout)
         self.average = None
 
     def train(self, train_loader, val_loader=None, resume: dict | None = None, **overrides) -> dict:
@@ -1092,9 +1106,15 @@ class ResNetTrainer:
         overrides = {names.get(name, name): value for name, value in overrides.items()}
         self.recipe = recipe = replace(self.recipe, **overrides)
         self.precision = pick_precision(recipe.precision, self.device)
+        if recipe.deterministic:
+            torch.use_deterministic_algorithms(True)
+        for loader in (train_loader, val_loader):
+            if isinstance(loader, Batches):
+                loader.to(self.device, *rank_and_ranks())
         self.optimizer = make_optimizer(self.model, recipe)
         updates = math.ceil(len(train_loader) / recipe.accumulate)
         self.scheduler = make_scheduler(self.optimizer, recipe, updates)
+        self.average = None
         if recipe.ema:
             decay = get_ema_multi_avg_fn(recipe.ema)
             self.average = AveragedModel(self.model, multi_avg_fn=decay, use_buffers=True)
@@ -1104,7 +1124,7 @@ class ResNetTrainer:
             for row in self.rows:  # which is all the memory that early stopping needs
                 stopping.step(row["val_loss"])
         network = self.model
-        if dist.is_initialized():
+        if is_distributed():
             network = DistributedDataParallel(network)
         if recipe.compile:
             network = torch.compile(network)
@@ -1114,9 +1134,6 @@ class ResNetTrainer:
                 part.unlink()
             self._save()  # so that a run killed in its first epoch can be resumed as well
         best_weights = None if self.run_dir else copy.deepcopy(self._tested().state_dict())
-        for loader in (train_loader, val_loader):
-            if isinstance(loader, Batches):
-                loader.to(self.device, *rank_and_ranks())
         if not self.quiet:
             print(HEADER, flush=True)
         while len(self.rows) < recipe.epochs and not stopping.should_stop:
@@ -1765,6 +1782,12 @@ def adapt_channels(weight: Tensor, channels: int) -> Tensor:
     return weight.detach().sum(dim=1, keepdim=True).repeat(1, channels, 1, 1) / channels
 
 
+def plain_name(key: str) -> str:
+    """Return a weight's name without what wrappers put before it and old DenseNets put into it."""
+    key = re.sub(r"^((_orig_mod|module)\.)+", "", key)
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key)
+
+
 def load_weights(model: nn.Module, name: str, source: str) -> tuple[str, list[str]]:
     """Give the model, of that name, weights to start from.
 
@@ -1776,16 +1799,17 @@ def load_weights(model: nn.Module, name: str, source: str) -> tuple[str, list[st
     state = state if isinstance(state, dict) else {}
     for key in ("model", "state_dict", "model_state_dict"):  # where checkpoints have it
         state = state[key] if isinstance(state.get(key), dict) else state
-    state = {key.removeprefix("module."): value for key, value in only_weights(state).items()}
+    state = {plain_name(key): value for key, value in only_weights(state).items()}
     own, first = model.state_dict(), f"{first_conv(model)[0]}.weight"
     adapted = first in state and state[first].dim() == 4 and state[first].shape != own[first].shape
     if adapted:
         state[first] = adapt_channels(state[first], own[first].shape[1])
     fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    fresh = [key for key in own if key not in fits]
+    fresh = [key for key in own if key not in fits and "num_batches_tracked" not in key]
     if not fits:
         raise UserError(f"{source} holds no weights of {name}")
-    model.load_state_dict(fits, strict=False)
+    own.update(fits)
+    model.load_state_dict(own)
     report = f"{len(fits)} of {len(state)} tensors of {source} loaded"
     if adapted and first in fits:
         report += f"; {first} adapted to {own[first].shape[1]} channel(s)"
@@ -1937,13 +1961,11 @@ def command_train(args: argparse.Namespace, given: dict) -> None:
     rank, ranks = rank_and_ranks()
     args.quiet = args.quiet or rank > 0
     recipe, checkpoint, run_dir = start_or_resume(args, given)
-    if recipe.batch_size < 2 * ranks:
-        raise UserError(f"--batch-size {recipe.batch_size}: each of {ranks} processes needs two")
     if recipe.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks for it
-        torch.use_deterministic_algorithms(True)
     torch.manual_seed(recipe.seed)
-    model, loaded, fresh = build_model(recipe), "", []
+    model, loaded = build_model(recipe), ""
+    fresh = [] if checkpoint else list(model.state_dict())
     if recipe.weights is not None and not checkpoint:
         loaded, fresh = load_weights(model, recipe.model, recipe.weights)
     freeze(model, recipe.freeze, fresh)
@@ -1951,6 +1973,8 @@ def command_train(args: argparse.Namespace, given: dict) -> None:
     data = load_data(recipe, args.data_dir) if first else None
     gather(None)  # the others wait for it
     data = data or load_data(recipe, args.data_dir)
+    if min(recipe.batch_size, len(data.train.labels)) < 2 * ranks:
+        raise UserError(f"each of {ranks} processes needs two images of every batch")
     recipe = replace(recipe, dataset=data.name)
     name = f"{recipe.model}-{recipe.input}-{recipe.dataset}"
     run_dir = None if rank else run_dir or claim_run_dir(args.output_dir, name)
@@ -2122,6 +2146,8 @@ def main(arguments: list[str] | None = None) -> int:
 
             plt.show()
         sys.stdout.flush()
+        if is_distributed():  # after an error there might be nobody to wait for
+            dist.destroy_process_group()
     except BrokenPipeError:  # whoever read our output, `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:
@@ -2130,16 +2156,15 @@ def main(arguments: list[str] | None = None) -> int:
     except RuntimeError as error:
         if re.search("out of memory|can't allocate memory", str(error)):
             print("error: out of memory; a smaller --batch-size needs less", file=sys.stderr)
-        elif dist.is_initialized() and re.search("by peer|NCCL", str(error)):
+        elif "deterministic" in str(error):
+            print(f"error: --deterministic: {str(error).partition('. ')[0]}", file=sys.stderr)
+        elif is_distributed() and re.search("by peer|NCCL", str(error)):
             print("error: another process of this job has ended", file=sys.stderr)
         else:
             raise
         return 2
     except KeyboardInterrupt:
         return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     return 0
 
 

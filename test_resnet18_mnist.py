@@ -798,6 +798,15 @@ def test_average_of_the_weights_is_what_is_tested_and_kept(tmp_path):
     assert trainer.test(loader)["loss"] == pytest.approx(history["val_loss"][-1])
 
 
+def test_training_goes_on_after_a_divergence():
+    loader = digits_loader(96)
+    trainer = rm.ResNetTrainer(LinearModel(), "cpu", rm.Recipe(precision="fp32"), quiet=True)
+    with pytest.raises(rm.UserError):
+        trainer.train(loader, loader, ema=0.9, lr=1e30, epochs=3)
+    trainer.model.load_state_dict(LinearModel().state_dict())
+    assert math.isfinite(trainer.train(loader, loader, ema=0, lr=0.01, epochs=1)["val_loss"][0])
+
+
 def test_a_compiled_step_gives_the_same_numbers():
     loader, losses = digits_loader(96), []
     for compiled in (False, True):
@@ -845,6 +854,15 @@ def test_two_ranks_learn_what_one_process_learns(tmp_path):
         assert row["batch_losses"] == pytest.approx(other["batch_losses"], rel=1e-4)
     for key, weight in one["model"].items():
         assert torch.allclose(weight, two["model"][key], atol=1e-4), key
+
+
+def test_two_ranks_write_one_solution_for_kaggle(tmp_path):
+    write_kaggle(rm.draw_synthetic_digits(1, 130, 40), tmp_path, 100)
+    flags = ("--dataset", "kaggle", "--data-dir", ".", "--model", "lenet5", "--epochs", 1)
+    job = torchrun(*flags, "--val-size", 10, "--output-dir", "run", cwd=tmp_path)
+    _, said = job.communicate(timeout=170)
+    assert job.returncode == 0, said
+    assert len((tmp_path / "run" / "solution.csv").read_text().splitlines()) == 71
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for the processes in /proc")
@@ -1057,6 +1075,24 @@ def test_weights_of_imagenet_are_adapted_to_gray_images_and_ten_classes(tmp_path
     assert "conv1.weight adapted to 3 channel" in said
     assert left == []
     assert torch.allclose(rgb.conv1(image.expand(-1, 3, -1, -1)), gray.conv1(image), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["densenet121", "mnasnet0_5"])
+def test_weights_of_networks_whose_files_are_special(tmp_path, name):
+    options = {"num_classes": 10}
+    state = torchvision.models.get_model(name, **options).state_dict()
+    layer = re.compile(r"(denselayer\d+\.(?:norm|conv))([12]\.)")
+
+    def theirs(key):  # as torchvision's files and torch.compile have it
+        return "module._orig_mod." + layer.sub(r"\1.\2", key)
+
+    state = {theirs(k): v for k, v in state.items() if "num_batches_tracked" not in k}
+    torch.save(state, tmp_path / "x.pt")
+    model = rm.build_model(rm.Recipe(model=name, input="rgb32"))
+    _, fresh = rm.load_weights(model, name, str(tmp_path / "x.pt"))
+    assert fresh == []
+    for key, value in model.state_dict().items():
+        assert theirs(key) not in state or torch.equal(value, state[theirs(key)]), key
 
 
 def test_weights_that_cannot_be_had(tmp_path, monkeypatch):
@@ -1905,6 +1941,8 @@ MISTAKES = {
     "--epochs many": "--epochs",
     "--batch-size 1": "batch_size",
     "--lr-factor 1": "lr_factor",
+    "--optimizer nesterov --momentum 0": "momentum",
+    "--freeze conv1 --dataset synthetic": "conv1 got no weights",
     "--modell resnet18": "--modell",
     "trian": "trian",
     "--resume": "there is no run",
@@ -2131,6 +2169,45 @@ def peak_memory(which: str, name: str, data_dir: Path, device, answer) -> None:
     answer.put(peak / 1e9)
 
 
+def compare_steps(device, rounds: int = 8) -> None:
+    """Time the step of gray28 with one thing changed, in turn, per image and as a ratio."""
+
+    def contestant(batch=128, precision="bf16", short_cut=True, compiled=False, fused=False):
+        model = rm.resnet18().to(device, memory_format=torch.channels_last).train()
+        for part in model.modules():
+            if isinstance(part, rm.Conv3x3) and not short_cut:
+                part.__class__ = nn.Conv2d
+        network = torch.compile(model) if compiled else model
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=5e-4, fused=fused)
+        images = torch.randn(batch, 1, 28, 28, device=device)
+        labels = torch.arange(batch, device=device) % 10
+
+        def steps(count=5):
+            started = time.perf_counter()
+            for _ in range(count):
+                with rm.autocast(device, precision):
+                    loss = F.cross_entropy(network(images), labels)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            loss.item()
+            return 1e6 * (time.perf_counter() - started) / count / batch
+
+        return steps
+
+    changes = [{}, {"short_cut": False}, {"precision": "fp32"}, {"batch": 256}]
+    changes += [{"compiled": True}, {"fused": True}]
+    loops = [contestant(**change) for change in changes]
+    for loop in loops:
+        loop()  # warms up
+    times = [[loop() for loop in loops] for _ in range(rounds)]
+    print("gray28, microseconds an image: batches of 128, bf16, and one change")
+    for change, own in zip(changes, zip(*times, strict=True), strict=True):
+        ratio = median(a / row[0] for a, row in zip(own, times, strict=True))
+        name = ", ".join(f"{key} {value}" for key, value in change.items()) or "as it is"
+        print(f"{name:18}{median(own):9.0f}  {ratio:.3f}")
+
+
 def benchmark(rounds: int = 3) -> None:
     """Time a step of the bare floor, of our loop and of everybody's, in turn."""
     device = rm.pick_device()
@@ -2182,6 +2259,7 @@ def benchmark(rounds: int = 3) -> None:
         testing = 10_000 / count * (time.perf_counter() - started)
         epoch = 55_000 / 128 * median(ours) / 1000
         print(f"{name}, testing 10,000 images: {testing:.1f} s, {testing / epoch:.1%} of an epoch")
+    compare_steps(device)
 
 
 def score_kaggle(folder: Path, solution: Path | None) -> None:
