@@ -9,8 +9,8 @@
     python resnet18_mnist.py predict digit.png  read a digit from an image file
     python resnet18_mnist.py describe           each layer's shape, parameters and FLOPs
 
-Measured: 99.38 ± 0.02 % of the 10,000 test images after ten epochs (three seeds). On two CPU
-cores a run takes about a quarter of an hour.
+Measured on 10,000 test images, three seeds each: 99.38 ± 0.02 % after ten epochs; 99.56 ± 0.02 %
+after six with --recipe fast, which takes four minutes on two CPU cores.
 
 The sections, each a notebook cell, and the sections above that each one needs:
 
@@ -854,18 +854,15 @@ def train_one_epoch(
     # Left on the device, so that no step but every hundredth waits for the one before.
     sizes, losses, correct = [], [], []
     started = shown = time.perf_counter()
-    on_cuda = torch.device(device).type == "cuda"  # elsewhere such a copy may come too late
     for step, (images, labels) in enumerate(loader):
-        images = images.to(device, non_blocking=on_cuda)  # (N, C, H, W)
-        labels = labels.to(device, non_blocking=on_cuda)  # (N,)
+        images, labels = images.to(device), labels.to(device)  # (N, C, H, W), (N,)
         with autocast(device, precision):
             logits = model(images)  # (N, 10)
             loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         # An update's gradient is the mean over its group of batches; the last group may be short.
-        first = step // accumulate * accumulate
-        group = min(accumulate, len(loader) - first)
+        group = min(accumulate, len(loader) - step // accumulate * accumulate)
         (loss / group * weigh(len(labels), device)).backward()
-        if step + 1 == first + group:
+        if (step + 1) % accumulate == 0 or step + 1 == len(loader):
             optimizer.step()
             optimizer.zero_grad()
             for follow in after_update:
@@ -1105,29 +1102,12 @@ class ResNetTrainer:
         names = {"num_epochs": "epochs", "learning_rate": "lr"}
         overrides = {names.get(name, name): value for name, value in overrides.items()}
         self.recipe = recipe = replace(self.recipe, **overrides)
-        self.precision = pick_precision(recipe.precision, self.device)
-        if recipe.deterministic:
-            torch.use_deterministic_algorithms(True)
-        for loader in (train_loader, val_loader):
-            if isinstance(loader, Batches):
-                loader.to(self.device, *rank_and_ranks())
-        self.optimizer = make_optimizer(self.model, recipe)
-        updates = math.ceil(len(train_loader) / recipe.accumulate)
-        self.scheduler = make_scheduler(self.optimizer, recipe, updates)
-        self.average = None
-        if recipe.ema:
-            decay = get_ema_multi_avg_fn(recipe.ema)
-            self.average = AveragedModel(self.model, multi_avg_fn=decay, use_buffers=True)
-        self.rows, stopping = [], EarlyStopping(recipe.patience)
+        network = self._prepare(train_loader, val_loader)
         if resume:
             self._restore(resume)
-            for row in self.rows:  # which is all the memory that early stopping needs
-                stopping.step(row["val_loss"])
-        network = self.model
-        if is_distributed():
-            network = DistributedDataParallel(network)
-        if recipe.compile:
-            network = torch.compile(network)
+        stopping = EarlyStopping(recipe.patience)
+        for row in self.rows:  # of a resumed run: all the memory that early stopping needs
+            stopping.step(row["val_loss"])
         if self.run_dir:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             for part in self.run_dir.glob(".*.tmp"):  # of a file that was being written at a kill
@@ -1157,6 +1137,26 @@ class ResNetTrainer:
         self.model.eval()
         self.average = None  # the model has become what was to be tested
         return {name: [row[name] for row in self.rows] for name in self.rows[0]}
+
+    def _prepare(self, *loaders) -> nn.Module:
+        """Make all that the recipe asks for; return what trains the model."""
+        recipe, network = self.recipe, self.model
+        self.precision = pick_precision(recipe.precision, self.device)
+        if recipe.deterministic:
+            torch.use_deterministic_algorithms(True)
+        for loader in loaders:
+            if isinstance(loader, Batches):
+                loader.to(self.device, *rank_and_ranks())
+        self.rows, self.average = [], None
+        self.optimizer = make_optimizer(self.model, recipe)
+        updates = math.ceil(len(loaders[0]) / recipe.accumulate)
+        self.scheduler = make_scheduler(self.optimizer, recipe, updates)
+        if recipe.ema:
+            decay = get_ema_multi_avg_fn(recipe.ema)
+            self.average = AveragedModel(self.model, multi_avg_fn=decay, use_buffers=True)
+        if is_distributed():
+            network = DistributedDataParallel(network)
+        return torch.compile(network) if recipe.compile else network
 
     def _tested(self) -> nn.Module:
         """Return the network to be tested: the model, or in training the average of its weights."""
