@@ -2034,7 +2034,8 @@ def command_evaluate(args: argparse.Namespace, given: dict) -> None:
         seconds = statistics.median(row["seconds"] for row in rows) if rows else math.nan
         parameters, flops = (sum(layer[i] for layer in layers) for i in (2, 3))
         counts = f"{parameters:,}", f"{flops / 1e6:,.1f}", f"{seconds:.1f}"
-        table += [(recipe.model, recipe.input, *counts, f"{results['accuracy']:.2f} %", path)]
+        name = f"{recipe.model}{', plain' * recipe.plain}"
+        table += [(name, recipe.input, *counts, f"{results['accuracy']:.2f} %", path)]
         if len(args.runs) < 2:
             return
         torch.manual_seed(recipe.seed)
