@@ -1429,10 +1429,22 @@ HANDS = {
 
 @pytest.fixture(scope="session")
 def reader():
-    """A small network that has learned to read in seconds, from fonts and distorted."""
+    """A small network that has learned in seconds to read fonts, and STROKES as MNIST has them.
+
+    What it gets wrong is then no unknown hand, but what was made of the picture.
+    """
     torch.manual_seed(0)
-    data = rm.MNISTDataLoader(64, dataset="synthetic", augment=rm.Distortion(15, 0.05, 0.15, 0.05))
-    recipe = rm.Recipe(optimizer="adam", lr=0.003, epochs=6, scheduler="onecycle")
+    fonts = rm.draw_synthetic_digits(0)
+    chalk = {"size": 28, "margin": 0.14, "paper": (0, 0, 0), "ink": (255, 255, 255)}
+    pens = (0.06, 0.08, 0.1, 0.13, 0.16)
+    drawn = [draw_by_hand(digit, pen=pen, **chalk) for pen in pens for digit in range(10)]
+    drawn = torch.stack([torch.from_numpy(np.array(picture.convert("L"))) for picture in drawn])
+    digits = fonts._replace(
+        train_images=torch.cat([fonts.train_images, drawn.repeat(60, 1, 1)]),
+        train_labels=torch.cat([fonts.train_labels, torch.arange(3000) % 10]),
+    )
+    data = rm.MNISTDataLoader(64, dataset=digits, augment=rm.Distortion(12, 0.08, 0.2, 0.06))
+    recipe = rm.Recipe(optimizer="adam", lr=0.003, epochs=5, scheduler="onecycle", precision="fp32")
     trainer = rm.ResNetTrainer(rm.simple_cnn(), "cpu", recipe, quiet=True)
     trainer.train(data.train, data.val)
     return trainer
@@ -1445,9 +1457,9 @@ def test_a_digit_is_read_alike_however_it_is_drawn(tmp_path, reader):
             draw_by_hand(digit, **how).save(tmp_path / "x.png")
             digits.append(rm.read_image(tmp_path / "x.png")[1])
     results = reader.test(rm.as_loader(reader, torch.stack(digits)))
-    read = results["predictions"].view(-1, 10)
-    assert (read[0] != torch.arange(10)).sum() <= 1
-    assert (read[1:] != torch.arange(10)).sum() <= 6  # of 200: the reader is a quick one
+    plain, *others = results["predictions"].view(-1, 10).tolist()
+    assert plain == list(range(10))
+    assert {name: read for name, read in zip(HANDS, others, strict=True) if read != plain} == {}
 
 
 EMPTY = {
