@@ -67,7 +67,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -439,6 +438,11 @@ def distort(images: Tensor, draws: list[Tensor], by: Distortion) -> Tensor:
     return F.grid_sample(images, grid, align_corners=False)
 
 
+def epoch_seed(seed: int, epoch: int) -> int:
+    """Return what seeds the random numbers of an epoch; two seeds are a million epochs apart."""
+    return seed * 1_000_003 + epoch
+
+
 class Batches:
     """Digits on one device; iterating gives (images, labels) as a network wants them.
 
@@ -490,8 +494,8 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         n, device = len(self.labels), self.images.device
-        # Drawn on the CPU, so that all devices see the same; seeds are a million epochs apart.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        # Drawn on the CPU, so that all devices see the same.
+        generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
         self.epoch += 1
         order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
         counts = (3, 3, 72) if self.augment else ()  # what distort() asks for
@@ -1169,6 +1173,9 @@ class ResNetTrainer:
         if self.average:
             after_update.append(partial(self.average.update_parameters, self.model))
         title = None if self.quiet else f"{epoch:5}/{recipe.epochs}"
+        # Order, augmentation and dropout of an epoch depend on seed and epoch alone: a resumed run
+        # need not know what was drawn before.
+        torch.manual_seed(epoch_seed(recipe.seed, epoch))
         if hasattr(train_loader, "set_epoch"):
             train_loader.set_epoch(epoch)
         try:
@@ -1236,10 +1243,6 @@ class ResNetTrainer:
             average=self.average.state_dict() if self.average else {},
             optimizer=self.optimizer.state_dict(),
             scheduler=self.scheduler.state_dict(),
-            random_states={
-                kind: module.get_rng_state(*which)
-                for kind, (module, which) in self._random_generators().items()
-            },
         )
 
     def _restore(self, checkpoint: dict) -> None:
@@ -1248,19 +1251,9 @@ class ResNetTrainer:
             parts = ["model", "optimizer", "scheduler"] + ["average"] * bool(self.average)
             for name in parts:
                 getattr(self, name).load_state_dict(checkpoint[name])
-            for kind, (module, which) in self._random_generators().items():
-                if kind in checkpoint["random_states"]:
-                    module.set_rng_state(checkpoint["random_states"][kind], *which)
             self.rows = [dict(row) for row in checkpoint["rows"]]
         except Exception as error:  # whatever is not as _save() had it
             raise UserError(f"{self.run_dir}/last.pt is damaged, or of another network") from error
-
-    def _random_generators(self) -> dict:
-        """Return, for each type of device, its module and the arguments that name the device."""
-        kind = self.device.type
-        which = [] if kind == "mps" else [self.device]  # there is only one mps
-        others = {} if kind == "cpu" else {kind: (torch.get_device_module(self.device), which)}
-        return {"cpu": (torch, []), **others}
 
     def test(self, test_loader) -> dict:
         """Return what evaluate() does: loss, accuracy, predictions, labels, probabilities."""
@@ -1519,9 +1512,9 @@ def open_image(path: str | Path) -> Image.Image:
             with Image.open(path) as file:
                 picture = ImageOps.exif_transpose(file)
                 if picture.mode[0] in "IF":  # 16 bits and more, which Pillow would cut off at 255
-                    levels = np.nan_to_num(np.asarray(picture, dtype=float))
-                    levels = (levels - levels.min()) / max(np.ptp(levels), 1e-9)
-                    picture = Image.fromarray(np.uint8(255 * levels))
+                    levels = TF.pil_to_tensor(picture.convert("F")).double().nan_to_num()
+                    levels = (levels - levels.min()) / (levels.max() - levels.min()).clamp(1e-9)
+                    picture = TF.to_pil_image((255 * levels).byte())
                 picture = picture.convert("RGBA")
     except Exception as error:  # whatever Pillow makes of arbitrary bytes
         raise UserError(f"{path} cannot be read as an image") from error
@@ -1590,25 +1583,6 @@ def drop_specks(mask: Tensor) -> Tensor:
     return (sizes * 20 >= sizes.max())[part[0].long()] & mask
 
 
-def crop(ink: Tensor) -> Tensor:
-    """Return the smallest rectangle of (H, W) that holds all that is more than half ink."""
-    rows, columns = ((ink > 0.5).any(dim=1 - axis).nonzero() for axis in (0, 1))
-    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-
-
-def set_thickness(ink: Tensor) -> Tensor:
-    """Thicken or thin strokes (H, W) to between a tenth and a fifth of the digit's longer side."""
-    grow = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
-    side = max(ink.shape)
-    ink = F.pad(ink[None], [side // 20 + 1] * 4)
-    rim = ink + grow(-ink)  # the outermost pixels of the strokes, which have two sides
-    thickness = (2 * ink.sum() / rim.sum().clamp(min=1)).item()
-    change = min(max(thickness, side / 10), side / 5) - thickness
-    for _ in range(round(abs(change) / 2)):
-        ink = grow(ink) if change > 0 else -grow(-ink)
-    return ink[0]
-
-
 def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
     """Read a picture of a digit; return it, and what MNIST would have made of it: (28, 28) uint8.
 
@@ -1624,8 +1598,8 @@ def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
     ink = find_ink(picture)
     if not (ink > 0.5).any():
         raise UserError(f"{path} shows no ink")
-    strokes = set_thickness(crop(ink))
-    ink = crop(strokes if (strokes > 0.5).any() else ink)
+    rows, columns = ((ink > 0.5).any(dim=1 - axis).nonzero() for axis in (0, 1))
+    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     size = [max(1, round(20 * side / max(ink.shape))) for side in ink.shape]
     digit = TF.resize(ink[None], size, antialias=True)[0]  # (h, w), one of them 20
     digit = (255 * digit / digit.max()).round().byte()
@@ -1645,38 +1619,36 @@ def read_kaggle(path: str | Path, labelled: bool) -> tuple[Tensor, Tensor | None
     """
     columns = ["label"] * labelled + [f"pixel{number}" for number in range(784)]
     csv.field_size_limit(2**30)  # a cell that is too long is to be named too
+    table = bytearray()
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            if next(csv.reader(file), None) != columns:
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+            rows = csv.reader(file)
+            if next(rows, None) != columns:
                 raise UserError(f"{path}, row 1: the columns are not {', '.join(columns[:3])} ...")
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")  # NumPy only warns of a file without rows
-                how = {"delimiter": ",", "quotechar": '"', "comments": None, "ndmin": 2}
-                table = np.loadtxt(file, np.uint8, **how)
-            if table.shape[1] != len(columns) or (labelled and table[:, 0].max() > 9):
-                raise ValueError
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, UserWarning, csv.Error) as error:
-        raise UserError(f"{path}{explain_csv(path, columns)}") from error
-    labels = torch.from_numpy(table[:, 0]).long() if labelled else None
-    return torch.from_numpy(table[:, -784:]).reshape(-1, 28, 28), labels
+            for cells in filter(None, rows):
+                try:
+                    row = bytes(map(int, cells))  # which takes nothing but 0 to 255
+                except ValueError:
+                    row = b""
+                if len(row) != len(columns) or (labelled and row[0] > 9):
+                    raise UserError(f"{path}, row {rows.line_num}{explain_row(columns, cells)}")
+                table += row
+    except (OSError, csv.Error) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
+    if not table:
+        raise UserError(f"{path} holds no digit")
+    numbers = torch.frombuffer(table, dtype=torch.uint8).view(-1, len(columns))
+    labels = numbers[:, 0].long() if labelled else None
+    return numbers[:, -784:].reshape(-1, 28, 28), labels
 
 
-def explain_csv(path: str | Path, columns: list[str]) -> str:
-    """Return where the first thing stands in a CSV that should not, the header being row 1."""
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        rows = csv.reader(file)
-        next(rows, None)
-        for cells in filter(None, rows):
-            place = f", row {rows.line_num}"
-            if len(cells) != len(columns):
-                return f"{place}: {len(cells)} columns, not {len(columns)}"
-            for name, cell in zip(columns, cells, strict=True):
-                high = 9 if name == "label" else 255
-                if not re.fullmatch(r"\s*\d{1,3}\s*", cell) or int(cell) > high:
-                    return f"{place}, column {name}: {cell[:20]!r} is not from 0 to {high}"
-    return " holds no digit"
+def explain_row(columns: list[str], cells: list[str]) -> str:
+    """Return what is wrong with a row of a CSV."""
+    for name, cell in zip(columns, cells, strict=False):
+        high = 9 if name == "label" else 255
+        if not re.fullmatch(r"\s*\d{1,3}\s*", cell) or int(cell) > high:
+            return f", column {name}: {cell[:20]!r} is not from 0 to {high}"
+    return f": {len(cells)} columns, not {len(columns)}"
 
 
 def write_solution(trainer: ResNetTrainer, images: Tensor, solution: Path) -> None:

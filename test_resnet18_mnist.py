@@ -1366,6 +1366,9 @@ STROKES = {  # of digits in a unit square, y down
 }
 
 
+CORNERS = (0.06, 0.94)
+
+
 def draw_by_hand(
     digit,
     size=300,
@@ -1377,6 +1380,7 @@ def draw_by_hand(
     shadow=0.0,
     noise=0.0,
     squares=0.0,
+    dust=0,
     transparent=False,
 ):
     """Draw a digit as someone might; pen and margin are parts of the side."""
@@ -1387,6 +1391,8 @@ def draw_by_hand(
         draw.line(points, 255, width, joint="curve")
         for x, y in points:
             draw.circle((x, y), width / 2, fill=255)
+    for x, y in random.Random(0).choices([(x, y) for x in CORNERS for y in CORNERS], k=dust):
+        draw.circle((4 * size * x, 4 * size * y), 4 * size * 0.015, fill=255)
     cover = np.asarray(large.reduce(4), float)[..., None] / 255
     if transparent:
         picture = Image.new("RGB", (size, size), ink)
@@ -1423,6 +1429,7 @@ HANDS = {
     "transparent": {"transparent": True},
     "white on transparent": {"transparent": True, "ink": (255, 255, 255)},
     "squared": {"squares": 0.4},
+    "dust": {"dust": 3, "margin": 0.3},
     "photo": {"gradient": 0.5, "noise": 8, "margin": 0.3, "pen": 0.03, "paper": (210, 205, 190)},
 }
 
@@ -1456,7 +1463,10 @@ def test_a_digit_is_read_alike_however_it_is_drawn(tmp_path, reader):
         for digit in range(10):
             draw_by_hand(digit, **how).save(tmp_path / "x.png")
             digits.append(rm.read_image(tmp_path / "x.png")[1])
-    results = reader.test(rm.as_loader(reader, torch.stack(digits)))
+    digits = torch.stack(digits)
+    sides = torch.stack([(digits > 64).any(dim=axis).sum(dim=1) for axis in (1, 2)]).amax(dim=0)
+    assert {*sides.tolist()} == {20}
+    results = reader.test(rm.as_loader(reader, digits))
     plain, *others = results["predictions"].view(-1, 10).tolist()
     assert plain == list(range(10))
     assert {name: read for name, read in zip(HANDS, others, strict=True) if read != plain} == {}
@@ -2091,7 +2101,7 @@ def test_each_section_runs_with_those_that_the_table_of_contents_names(room, mon
              "4": lambda: names["RECIPES"]["plateau"],
              "5": lambda: names["compute_accuracy"](LinearModel(), digits_loader()),
              "6": lambda: names["plot_confusion_matrix"](torch.arange(10), torch.arange(10)),
-             "7": lambda: names["set_thickness"](torch.ones(9, 9)),
+             "7": lambda: names["find_ink"](Image.new("RGB", (9, 9))),
              "8": lambda: names["lenet5"]()(torch.zeros(1, 1, 28, 28)),
              "9": lambda: names["main"](["describe"])}  # fmt: skip
     shown.get(room, lambda: None)()
