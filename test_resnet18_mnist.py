@@ -1818,11 +1818,56 @@ def odd_images(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
+SMALL = ("--model", "lenet5", "--epochs", "1", "--quiet", "--val-size", "20")
+
+
 class Touch:
     """A pickle that would run code."""
 
     def __reduce__(self):
         return Path.touch, (Path("it-ran"),)
+
+
+def prepare_for_damage(folder: Path) -> list[list[str]]:
+    """Write what is to be damaged into a folder; return commands on what is odd as it is."""
+    write_mnist(folder / "good")
+    (folder / "images").mkdir()
+    (folder / "kaggle").mkdir()
+    write_kaggle(rm.draw_synthetic_digits(1, 130, 40), folder / "kaggle", 40)
+    rm.main(["--data-dir", "good", *SMALL, "--output-dir", "run"])
+    with zipfile.ZipFile(folder / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(2**30))
+    (folder / "code.pt").write_bytes(pickle.dumps(Touch()))
+    commands = [["evaluate", name, "--data-dir", "good"] for name in ("bomb.pt", "code.pt")]
+    images = odd_images(folder / "images")
+    return commands + [["predict", "--checkpoint", "run", str(path)] for path in images]
+
+
+def command_on_damage(rng, folder: Path, number: int) -> list[str]:
+    """Damage a checkpoint, an idx file, a CSV or an image; return a command that reads it."""
+    new, kind, out = folder / f"out-{number}", number % 4, ("--output-dir", f"out-{number}-")
+    if kind == 0:
+        new.mkdir()
+        path = new / "last.pt"
+        damaged_checkpoint(rng, path, folder / "run" / "last.pt")
+        return rng.choice(
+            [["evaluate", str(path), "--data-dir", "good"],
+             ["--resume", new.name, "--data-dir", "good", "--epochs", "2", "--quiet"],
+             ["--weights", str(path), "--data-dir", "good", *SMALL, *out],
+             ["predict", "images/plain.png", "--checkpoint", str(path)]])  # fmt: skip
+    if kind == 1:
+        shutil.copytree(folder / "good", new)
+        path = rng.choice(sorted((new / "MNIST" / "raw").iterdir()))
+        path.write_bytes(damage(rng, path.read_bytes()))
+        return ["--data-dir", new.name, "--dataset", "mnist", *SMALL, *out]
+    if kind == 2:
+        new.mkdir()
+        table = (folder / "kaggle" / "train.csv").read_text()
+        (new / "train.csv").write_bytes(damaged_text(rng, table))
+        return ["--data-dir", new.name, "--recipe", "kaggle", *SMALL, *out]
+    path = folder / "image"
+    path.write_bytes(damage(rng, (folder / "images" / "plain.png").read_bytes()))
+    return ["predict", str(path), "--checkpoint", "run"]
 
 
 def fuzz(folder: Path, seed: int, cases: int) -> None:
@@ -1832,51 +1877,12 @@ def fuzz(folder: Path, seed: int, cases: int) -> None:
     os.chdir(folder)
     os.environ.update(NO_NETWORK)
     torch.set_num_threads(1)
-    rm.visualize_results = rm.plot_readings = lambda *_: None
-    rm.save_figure = lambda *_: None
+    rm.visualize_results = rm.plot_readings = rm.save_figure = lambda *_: None
     rng, failures = random.Random(seed), []
-    write_mnist(folder / "good")
-    small = ("--model", "lenet5", "--epochs", "1", "--quiet", "--val-size", "20")
-    with contextlib.redirect_stdout(io.StringIO()):
-        rm.main(["--data-dir", "good", *small, "--output-dir", "run"])
-    (folder / "images").mkdir()
-    (folder / "kaggle").mkdir()
-    images = odd_images(folder / "images")
-    write_kaggle(rm.draw_synthetic_digits(1, 130, 40), folder / "kaggle", 40)
-    table = (folder / "kaggle" / "train.csv").read_text()
-    raw = sorted((folder / "good" / "MNIST" / "raw").iterdir())
-    bomb, code = folder / "bomb.pt", folder / "code.pt"
-    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", bytes(2**30))
-    code.write_bytes(pickle.dumps(Touch()))
-    given = [["evaluate", str(path), "--data-dir", "good"] for path in (bomb, code)]
-    given += [["predict", "--checkpoint", "run", str(path)] for path in images]
+    given = prepare_for_damage(folder)
     for number in range(cases):
-        kind, out = number % 4, f"out-{number}"
-        if number < len(given):
-            arguments = given[number]
-        elif kind == 0:
-            (folder / out).mkdir()
-            path = folder / out / "last.pt"
-            damaged_checkpoint(rng, path, folder / "run" / "last.pt")
-            arguments = rng.choice(
-                [["evaluate", str(path), "--data-dir", "good"],
-                 ["--resume", out, "--data-dir", "good", "--epochs", "2", "--quiet"],
-                 ["--weights", str(path), "--data-dir", "good", *small, "--output-dir", f"{out}-"],
-                 ["predict", "images/plain.png", "--checkpoint", str(path)]])  # fmt: skip
-        elif kind == 1:
-            shutil.copytree(folder / "good", folder / out)
-            path = folder / out / "MNIST" / "raw" / rng.choice(raw).name
-            path.write_bytes(damage(rng, path.read_bytes()))
-            arguments = ["--data-dir", out, "--dataset", "mnist", *small, "--output-dir", f"{out}-"]
-        elif kind == 2:
-            (folder / out).mkdir()
-            (folder / out / "train.csv").write_bytes(damaged_text(rng, table))
-            arguments = ["--data-dir", out, "--recipe", "kaggle", *small, "--output-dir", f"{out}-"]
-        else:
-            path = folder / "image"
-            path.write_bytes(damage(rng, (folder / "images" / "plain.png").read_bytes()))
-            arguments = ["predict", str(path), "--checkpoint", "run"]
+        odd = number < len(given)
+        arguments = given[number] if odd else command_on_damage(rng, folder, number)
         said = io.StringIO()
         signal.alarm(60)
         try:
