@@ -43,7 +43,6 @@ Sources
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import csv
 import io
@@ -177,12 +176,9 @@ class Bottleneck(nn.Module):
         return self.relu(residual + shortcut)
 
 
-class NoShortcut(nn.Module):
+def no_shortcut(x: Tensor) -> float:
     """In place of a shortcut, it makes the network a plain one (fig. 3 middle)."""
-
-    def forward(self, x: Tensor) -> float:
-        """Return 0, whatever x is."""
-        return 0.0
+    return 0.0
 
 
 STEMS = ("imagenet", "cifar")
@@ -232,7 +228,7 @@ class ResNet(nn.Module):
 
     def _make_layer(self, block, planes: int, blocks: int, stride: int = 1) -> nn.Sequential:
         outplanes = planes * block.expansion
-        same_shape = NoShortcut() if self.plain else None  # None is the identity
+        same_shape = no_shortcut if self.plain else None  # None is the identity
         downsample = same_shape
         if not self.plain and (stride != 1 or self.inplanes != outplanes):
             # A projection where the shape changes, the identity elsewhere (He 2015a, 4.1, B).
@@ -355,46 +351,33 @@ TEST_BATCH = 250  # images a batch, where no gradients are kept: the fastest tha
 Digits = namedtuple("Digits", "name train_images train_labels test_images test_labels")
 
 
-class DataMissing(UserError):
-    """None of MNIST's files is there, and none could be downloaded."""
-
-
-def explain_failure(raw: Path, error: Exception) -> UserError:
-    """Find the file that made torchvision fail with ``error``."""
-    mnist, missing = datasets.mnist, []
-    for name, md5 in datasets.MNIST.resources:
-        packed, unpacked = raw / name, raw / name.removesuffix(".gz")
-        try:
-            if unpacked.is_file():
-                (mnist.read_image_file if "images" in name else mnist.read_label_file)(unpacked)
-        except Exception:  # whatever torchvision makes of arbitrary bytes
-            return UserError(f"{unpacked} is damaged: delete it, and it is made again")
-        if not packed.is_file():
-            missing.append(name)
-        elif not mnist.check_integrity(packed, md5):
-            return UserError(f"{packed} is damaged (wrong MD5) and cannot be downloaded")
-    if isinstance(error, OSError) and error.strerror:
-        return UserError(f"MNIST cannot be brought to {raw}: {error.strerror}")
-    kind = UserError if any(raw.glob("*-ubyte*")) else DataMissing
-    reason = str(error).strip().rpartition("\n")[2]
-    return kind(f"MNIST cannot be downloaded ({reason}); put {', '.join(missing)} into {raw}")
-
-
 def read_mnist(data_dir: str | Path) -> Digits:
     """Read MNIST from ``data_dir``/MNIST/raw; download, and check the MD5 of, what is missing.
 
-    Raises DataMissing where there is nothing, UserError where something is damaged or missing.
+    Raises UserError where a file is missing, damaged, or does not fit the others.
     """
-    raw = Path(data_dir, "MNIST", "raw")
+    raw, mnist, parts = Path(data_dir, "MNIST", "raw"), datasets.mnist, []
+    # Images and labels to train on, then to test on.
+    files = {raw / name.removesuffix(".gz"): md5 for name, md5 in datasets.MNIST.resources}
     try:
-        train, test = (datasets.MNIST(data_dir, part, download=True) for part in (True, False))
+        if not all(path.is_file() for path in files):
+            datasets.MNIST(data_dir, download=True)
     except Exception as error:
-        raise explain_failure(raw, error) from error
-    for part, name in ((train, "train"), (test, "t10k")):
-        count = max(len(part.targets), 1)  # none at all do not fit either
-        if part.data.shape != (count, 28, 28) or part.targets.max() > 9:
+        why = str(error).strip().rpartition("\n")[2]
+        packed = {Path(f"{path}.gz"): md5 for path, md5 in files.items() if not path.is_file()}
+        bad = [path.name for path, md5 in packed.items() if not mnist.check_integrity(path, md5)]
+        what = f"missing or damaged in {raw}: {', '.join(bad) or 'nothing'}"
+        raise UserError(f"MNIST cannot be downloaded ({why}); {what}") from error
+    for path in files:
+        read = mnist.read_image_file if "images" in path.name else mnist.read_label_file
+        try:
+            parts.append(read(path))
+        except Exception as error:  # whatever torchvision makes of arbitrary bytes
+            raise UserError(f"{path} is damaged: delete it, and it is made again") from error
+    for name, images, labels in (("train", *parts[:2]), ("t10k", *parts[2:])):
+        if images.shape != (len(labels), 28, 28) or not len(labels) or labels.max() > 9:
             raise UserError(f"{name}-images and {name}-labels in {raw} do not fit each other")
-    return Digits("mnist", train.data, train.targets, test.data, test.targets)
+    return Digits("mnist", *parts)
 
 
 def split_by_class(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -423,11 +406,8 @@ def distort(images: Tensor, draws: list[Tensor], by: Distortion) -> Tensor:
     # theta = [cos -sin dx; sin cos dy] takes the place of an output pixel to that of the input
     # pixel that it copies, where the image goes from -1 to 1.
     dx, dy = 2 * by.shift * move[:, 1:].T
-    theta = torch.stack([cos, -sin, dx, sin, cos, dy], dim=1).view(-1, 2, 3)
-    if by.stretch:
-        wide, slant, high = by.stretch * stretch.T
-        zero = torch.zeros_like(wide)
-        theta = theta + torch.stack([wide, slant, zero, zero, high, zero], dim=1).view(-1, 2, 3)
+    wide, slant, high = by.stretch * stretch.T
+    theta = torch.stack([cos + wide, slant - sin, dx, sin, cos + high, dy], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     if by.elastic:
         # Pull at 6×6 points, and bend what lies between. Simard et al. 2003 draw for every pixel
@@ -438,17 +418,12 @@ def distort(images: Tensor, draws: list[Tensor], by: Distortion) -> Tensor:
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def epoch_seed(seed: int, epoch: int) -> int:
-    """Return what seeds the random numbers of an epoch; two seeds are a million epochs apart."""
-    return seed * 1_000_003 + epoch
-
-
 class Batches:
     """Digits on one device; iterating gives (images, labels) as a network wants them.
 
     ``images`` (N, 28, 28) uint8 become (batch_size, C, S, S) float, of the shape that ``input``
-    names and normalised; ``augment`` distorts them. Order and augmentation depend on seed and
-    epoch alone, so that an epoch can be repeated. The last, short batch is kept.
+    names and normalised; ``augment`` distorts them. Order and augmentation are drawn from torch's
+    own random numbers, as in a DataLoader. The last, short batch is kept.
     """
 
     def __init__(
@@ -458,15 +433,14 @@ class Batches:
         batch_size: int = 128,
         input: str = "gray28",
         normalize: str = "mnist",
-        seed: int = 0,
         shuffle: bool = False,
         augment: Distortion | None = None,
     ):
         self.images, self.labels = images[:, None], labels  # (N, 1, 28, 28), (N,)
         self.channels, self.size = INPUTS[input]
         self.mean, self.std = STATISTICS[normalize]
-        self.batch_size, self.seed, self.shuffle, self.augment = batch_size, seed, shuffle, augment
-        self.epoch, self.rank, self.ranks = 0, 0, 1
+        self.batch_size, self.shuffle, self.augment = batch_size, shuffle, augment
+        self.rank, self.ranks = 0, 1
 
     def __len__(self) -> int:
         return len(self._cuts()) + 1
@@ -488,18 +462,12 @@ class Batches:
             cuts.pop()
         return cuts
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order and the augmentation of the next iteration."""
-        self.epoch = epoch
-
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         n, device = len(self.labels), self.images.device
         # Drawn on the CPU, so that all devices see the same.
-        generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
-        self.epoch += 1
-        order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
+        order = torch.randperm(n) if self.shuffle else torch.arange(n)
         counts = (3, 3, 72) if self.augment else ()  # what distort() asks for
-        draws = [(2 * torch.rand(n, k, generator=generator) - 1).to(device) for k in counts]
+        draws = [(2 * torch.rand(n, k) - 1).to(device) for k in counts]
         for index in order.to(device).tensor_split(self._cuts()):
             index = index.tensor_split(self.ranks)[self.rank]
             x = TF.resize(self.images[index], [self.size, self.size], antialias=False)
@@ -541,7 +509,7 @@ class MNISTDataLoader:
         if select_on != "test" and not 0 < val_size <= len(labels) - 2:
             raise UserError(f"--val-size {val_size} does not fit {len(labels)} training images")
         train, val = split_by_class(labels, val_size, seed)
-        train, common = train[:limit], (input, normalize, seed)
+        train, common = train[:limit], (input, normalize)
         augment = Distortion(10, 0.1) if augment is True else augment or None
         learn = {"shuffle": True, "augment": augment}
         self.train = Batches(images[train], labels[train], batch_size, *common, **learn)
@@ -563,8 +531,8 @@ def load_digits(dataset: str, data_dir: str | Path, seed: int) -> Digits:
     if dataset != "synthetic":
         try:
             return read_mnist(data_dir)
-        except DataMissing as error:
-            if dataset == "mnist":
+        except UserError as error:
+            if dataset == "mnist" or any(Path(data_dir, "MNIST", "raw").glob("*-ubyte*")):
                 raise
             print(f"WARNING: {error}.\nGoing on with SYNTHETIC digits.", file=sys.stderr)
     return draw_synthetic_digits(seed)
@@ -618,11 +586,8 @@ def describe_device(device: torch.device) -> str:
     """Return the device with the name that its maker gave it."""
     if device.type in ("cuda", "xpu"):
         return f"{device} ({getattr(torch, device.type).get_device_name(device)})"
-    if device.type == "mps":
-        return f"{device} ({platform.machine()})"
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
-    threads = torch.get_num_threads()
-    return f"{device} ({name}, {threads} thread{'s' * (threads > 1)})"
+    return f"{device} ({name}, threads: {torch.get_num_threads()})"
 
 
 def pick_precision(name: str, device: torch.device) -> str:
@@ -640,8 +605,7 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 def autocast(device: torch.device | str, precision: str) -> torch.autocast:
     """Return the context in which convolutions compute in ``precision``; weights stay float32."""
-    kind = torch.device(device).type
-    return torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
 
 
 # torchrun starts a program several times, perhaps on several machines. Each process, a "rank",
@@ -689,17 +653,6 @@ def weigh(images: int, device: torch.device | str) -> Tensor | float:
     return images * dist.get_world_size() / total
 
 
-def share_statistics(model: nn.Module) -> None:
-    """Give all ranks the first one's running statistics, for tests in which all take part.
-
-    In training each rank normalises by its own part of the batch, as DistributedDataParallel has
-    it, and the first one's running statistics count.
-    """
-    if is_distributed():
-        for statistic in model.buffers():
-            dist.broadcast(statistic, 0)
-
-
 # %% 4. Recipe
 
 DATASETS = ("auto", "mnist", "synthetic", "kaggle")
@@ -714,9 +667,7 @@ OPTIMIZERS = {
 }
 
 
-def option(
-    default, text: str, choices: tuple = (), low: float | None = None, high: float = 2**32, **flag
-):
+def option(default, text: str, choices=(), low: float | None = None, high: float = 2**32, **flag):
     """Return a dataclass field that knows its help text, its values and its flag.
 
     Values are among the choices, or low ≤ value < high; ``flag`` is for argparse.
@@ -741,17 +692,11 @@ class Recipe:
     input: str = option("gray28", "1×28×28, 3×32×32 or 3×224×224 pixels", tuple(INPUTS))
     stem: str = option("auto", "auto: imagenet for gray28 and rgb224", ("auto", *STEMS))
     plain: bool = option(False, "the same layers without shortcuts, to see what these do")
-    weights: str | None = option(
-        None, "start from: imagenet, or a file of weights", type=str, metavar="FILE"
-    )
-    freeze: Sequence[str] = option(
-        (), "what stays as it is: conv1 bn1 layer1 ...", type=str, nargs="+", metavar="PART"
-    )
+    weights: str | None = option(None, "start from: imagenet, or a file", type=str, metavar="FILE")
+    freeze: Sequence[str] = option((), "what stays as it is: conv1 bn1 ...", type=str, nargs="+")
     dataset: str = option("auto", "auto: mnist, or synthetic if missing", DATASETS)
     normalize: str = option("mnist", "statistics that pixels are normalised by", tuple(STATISTICS))
-    val_size: int | None = option(
-        None, "images held out to select on (default: a twelfth)", low=1, type=int
-    )
+    val_size: int | None = option(None, "images to select on (default: a twelfth)", low=1, type=int)
     select_on: str = option("val", "the set that selects; test is optimistic", ("val", "test"))
     limit: int | None = option(None, "images to train on (default: all)", low=2, type=int)
     augment: bool = option(True, "distort the training images, as the next four say")
@@ -775,9 +720,7 @@ class Recipe:
     patience: int = option(5, "bad epochs, without a lower loss, that end the run", low=1)
     test_train: bool = option(False, "after each epoch, test on the training images too")
     seed: int = option(0, "fixes split, initial weights, order and augmentation", low=0)
-    precision: str = option(
-        "auto", "auto: bf16 where it is known to be fast", ("auto", "fp32", "bf16")
-    )
+    precision: str = option("auto", "auto: bf16 where that is fast", ("auto", "fp32", "bf16"))
     compile: bool = option(False, "let torch.compile make the training step faster")
     deterministic: bool = option(False, "the same numbers again on a GPU too, more slowly")
 
@@ -896,8 +839,7 @@ def train_one_epoch(
 def freeze_statistics(model: nn.Module) -> None:
     """Keep the running statistics of batch norms whose parameters are frozen."""
     for layer in model.modules():
-        frozen = not all(p.requires_grad for p in layer.parameters(recurse=False))
-        if frozen and hasattr(layer, "running_mean"):
+        if hasattr(layer, "running_mean") and not all(p.requires_grad for p in layer.parameters()):
             layer.eval()
 
 
@@ -999,8 +941,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: Path, **content) -> None:
@@ -1032,14 +973,8 @@ def read_tensors(path: str | Path) -> object:
 
 def only_weights(state: dict) -> dict[str, Tensor]:
     """Return what a state dict has of real, dense tensors."""
-    return {
-        key: value
-        for key, value in state.items()
-        if isinstance(key, str)
-        and isinstance(value, Tensor)
-        and value.layout is torch.strided
-        and not value.is_complex()
-    }
+    tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    return {k: v for k, v in tensors.items() if v.layout is torch.strided and not v.is_complex()}
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -1049,16 +984,13 @@ def load_checkpoint(path: str | Path) -> dict:
     """
     checkpoint = read_tensors(path)
     try:
-        if checkpoint["format"] == FORMAT and checkpoint.keys() >= {"metrics", "rows", "model"}:
-            metrics, rows, weights = (checkpoint[name] for name in ("metrics", "rows", "model"))
-            for row in [*rows, metrics] if rows else []:  # what cannot be printed is damaged
-                if not ROW.format(**row) or not math.isfinite(sum(row["batch_losses"])):
-                    raise ValueError
-            if len(only_weights(weights)) == len(weights):
-                return {**checkpoint, "recipe": Recipe(**checkpoint["recipe"])}
+        rows, weights = [*checkpoint["rows"]], checkpoint["model"]
+        sound = all(ROW.format(**row) and math.isfinite(sum(row["batch_losses"])) for row in rows)
+        if not sound or checkpoint["format"] != FORMAT or len(only_weights(weights)) < len(weights):
+            raise ValueError
+        return {**checkpoint, "rows": rows, "recipe": Recipe(**checkpoint["recipe"])}
     except Exception as error:  # whatever is not as save_checkpoint() had it
-        raise UserError(f"{path} is damaged, or is no checkpoint of this program") from error
-    raise UserError(f"{path} is a checkpoint of another version of this program")
+        raise UserError(f"{path} is damaged, or of another version of this program") from error
 
 
 HEADER = "epoch  train loss       %   val loss       %        lr       s  images/s"
@@ -1090,10 +1022,8 @@ class ResNetTrainer:
         self.precision = pick_precision(self.recipe.precision, self.device)
         # The layout that cuDNN and oneDNN prefer: it saves a transposition a convolution. On mps
         # gradients through it were wrong (PyTorch's issue 175189).
-        on_mps = self.device.type == "mps"
-        layout = torch.preserve_format if on_mps else torch.channels_last
-        self.model = model.to(self.device, memory_format=layout)
-        self.average = None
+        layout = torch.preserve_format if self.device.type == "mps" else torch.channels_last
+        self.model = self.tested = model.to(self.device, memory_format=layout)
 
     def train(self, train_loader, val_loader=None, resume: dict | None = None, **overrides) -> dict:
         """Train; end on the weights of the best epoch, in eval mode; return the history.
@@ -1117,7 +1047,7 @@ class ResNetTrainer:
             for part in self.run_dir.glob(".*.tmp"):  # of a file that was being written at a kill
                 part.unlink()
             self._save()  # so that a run killed in its first epoch can be resumed as well
-        best_weights = None if self.run_dir else copy.deepcopy(self._tested().state_dict())
+        best_weights = None if self.run_dir else copy.deepcopy(self.tested.state_dict())
         if not self.quiet:
             print(HEADER, flush=True)
         while len(self.rows) < recipe.epochs and not stopping.should_stop:
@@ -1131,7 +1061,7 @@ class ResNetTrainer:
             if self.run_dir:
                 self._save()
             elif row["best"]:
-                best_weights = copy.deepcopy(self._tested().state_dict())
+                best_weights = copy.deepcopy(self.tested.state_dict())
             if not self.quiet:
                 print(ROW.format(**{**row, "best": "best" * row["best"]}).rstrip(), flush=True)
         if stopping.should_stop and not self.quiet:
@@ -1139,7 +1069,7 @@ class ResNetTrainer:
         kept = load_checkpoint(self.run_dir / "best.pt")["model"] if self.run_dir else None
         self.model.load_state_dict(gather(kept)[0] or best_weights)  # the first rank has the folder
         self.model.eval()
-        self.average = None  # the model has become what was to be tested
+        self.average, self.tested = None, self.model  # which has become what was tested
         return {name: [row[name] for row in self.rows] for name in self.rows[0]}
 
     def _prepare(self, *loaders) -> nn.Module:
@@ -1147,24 +1077,22 @@ class ResNetTrainer:
         recipe, network = self.recipe, self.model
         self.precision = pick_precision(recipe.precision, self.device)
         if recipe.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks for it
             torch.use_deterministic_algorithms(True)
         for loader in loaders:
             if isinstance(loader, Batches):
                 loader.to(self.device, *rank_and_ranks())
-        self.rows, self.average = [], None
+        self.rows, self.average, self.tested = [], None, self.model
         self.optimizer = make_optimizer(self.model, recipe)
         updates = math.ceil(len(loaders[0]) / recipe.accumulate)
         self.scheduler = make_scheduler(self.optimizer, recipe, updates)
         if recipe.ema:
             decay = get_ema_multi_avg_fn(recipe.ema)
             self.average = AveragedModel(self.model, multi_avg_fn=decay, use_buffers=True)
+            self.tested = self.average.module  # in training, the mean of the weights
         if is_distributed():
             network = DistributedDataParallel(network)
         return torch.compile(network) if recipe.compile else network
-
-    def _tested(self) -> nn.Module:
-        """Return the network to be tested: the model, or in training the average of its weights."""
-        return self.average.module if self.average else self.model
 
     def _train_and_validate(self, network: nn.Module, train_loader, val_loader) -> dict:
         epoch, started, recipe = len(self.rows) + 1, time.perf_counter(), self.recipe
@@ -1173,24 +1101,19 @@ class ResNetTrainer:
         if self.average:
             after_update.append(partial(self.average.update_parameters, self.model))
         title = None if self.quiet else f"{epoch:5}/{recipe.epochs}"
+        options = {"accumulate": recipe.accumulate, "label_smoothing": recipe.label_smoothing}
+        options |= {"after_update": after_update, "title": title}
         # Order, augmentation and dropout of an epoch depend on seed and epoch alone: a resumed run
-        # need not know what was drawn before.
-        torch.manual_seed(epoch_seed(recipe.seed, epoch))
-        if hasattr(train_loader, "set_epoch"):
-            train_loader.set_epoch(epoch)
+        # need not know what was drawn before. Two seeds are a million epochs apart.
+        torch.manual_seed(recipe.seed * 1_000_003 + epoch)
         try:
             train = val = train_one_epoch(
-                network,
-                train_loader,
-                self.optimizer,
-                self.device,
-                self.precision,
-                accumulate=recipe.accumulate,
-                label_smoothing=recipe.label_smoothing,
-                after_update=after_update,
-                title=title,
+                network, train_loader, self.optimizer, self.device, self.precision, **options
             )
-            share_statistics(self._tested())
+            # Each rank has normalised by its own part of the batches, as DistributedDataParallel
+            # has it; the first one's running statistics count.
+            for statistic in self.tested.buffers() if is_distributed() else ():
+                dist.broadcast(statistic, 0)
             if val_loader is not None:
                 val = self.test(val_loader)
             after = None
@@ -1203,9 +1126,7 @@ class ResNetTrainer:
                 raise FloatingPointError(f"the validation loss became {val['loss']}")
         except FloatingPointError as error:
             kept = f"{self.run_dir} keeps the last good weights; " if self.run_dir else ""
-            raise UserError(
-                f"epoch {epoch}: {error}; {kept}start again with a lower --lr"
-            ) from error
+            raise UserError(f"epoch {epoch}: {error}; {kept}try a lower --lr") from error
         finally:
             if title:
                 show_progress("")
@@ -1225,9 +1146,9 @@ class ResNetTrainer:
     def _save(self) -> None:
         """Write best.pt, history.csv, last.pt: a kill between two costs a repeat of the epoch."""
         latest = self.rows[-1] if self.rows else {}
-        common = {"recipe": asdict(self.recipe), "metrics": latest, "rows": self.rows}
+        common = {"recipe": asdict(self.recipe), "rows": self.rows}
         if latest.get("best"):
-            tested = self._tested().state_dict()
+            tested = self.tested.state_dict()
             save_checkpoint(self.run_dir / "best.pt", **common, model=tested)
         table = io.StringIO()
         writer = csv.DictWriter(table, latest, lineterminator="\n")
@@ -1257,7 +1178,7 @@ class ResNetTrainer:
 
     def test(self, test_loader) -> dict:
         """Return what evaluate() does: loss, accuracy, predictions, labels, probabilities."""
-        return evaluate(self._tested(), test_loader, self.device, self.precision)
+        return evaluate(self.tested, test_loader, self.device, self.precision)
 
 
 def train_model(model: nn.Module, train_loader, val_loader=None, device=None, **options) -> dict:
@@ -1315,9 +1236,8 @@ def plot_curves(history: dict[str, list], title: str = ""):
     epochs, rates = history["epoch"], history["learning_rate"]
     best_epoch = max(e for e, is_best in zip(epochs, history["best"], strict=True) if is_best)
     figure, axes = subplots(1, 2, 11, 4.2, title)
-    for axis, name, unit in zip(
-        axes[0], ("loss", "accuracy"), ("nats per image", "%"), strict=True
-    ):
+    units = {"loss": "nats per image", "accuracy": "%"}
+    for axis, (name, unit) in zip(axes[0], units.items(), strict=True):
         axis.plot(epochs, history[f"train_{name}"], "o-", color=BLUE, label="training")
         axis.plot(epochs, history[f"val_{name}"], "s-", color=VERMILION, label="validation")
         best = history[f"val_{name}"][best_epoch - 1]
@@ -1388,8 +1308,7 @@ def plot_confusion_matrix(labels: Tensor, predictions: Tensor, title: str = ""):
         colour = "white" if shade[true, predicted] > 0.6 * shade.max() else "black"
         count = f"{matrix[true, predicted]:,}"
         axis.text(predicted, true, count, color=colour, ha="center", va="center")
-    axis.set(xlabel="predicted digit", ylabel="true digit")
-    axis.set(xticks=range(10), yticks=range(10))
+    axis.set(xlabel="predicted digit", ylabel="true digit", xticks=range(10), yticks=range(10))
     return figure
 
 
@@ -1406,13 +1325,7 @@ def plot_digits(images: Tensor, captions: list[str], wrong: list[bool], title: s
     return figure
 
 
-def plot_readings(
-    names: Sequence[str],
-    pictures: Sequence,
-    digits: Sequence[Tensor],
-    probabilities: Tensor,
-    title: str,
-):
+def plot_readings(names: list, pictures: list, digits: list, probabilities: Tensor, title: str):
     """Draw, of the first ten pictures, each beside what the network saw and its probabilities."""
     rows = min(len(pictures), 10)
     figure, axes = subplots(rows, 3, 8, 1.7 * rows + 1.1, title)
@@ -1421,28 +1334,26 @@ def plot_readings(
         for axis, image in zip(row, (picture, digit.numpy()), strict=False):
             axis.imshow(image, cmap="gray")
             axis.axis("off")
-        shown = name if len(name) < 28 else f"{name[:12]}...{name[-12:]}"
+        shown = Path(name).name.encode(errors="replace").decode()[-28:]
         row[0].set_title(shown, fontsize=8, parse_math=False)
         row[1].set_title("as the network saw it", fontsize=8)
         read = p.index(max(p))
         colours = [BLUE if place == read else "silver" for place in range(10)]
         row[2].bar(range(10), [100 * probability for probability in p], color=colours)
-        row[2].set(xticks=range(10), ylim=(0, 100), yticks=(0, 50, 100))
-        row[2].set_ylabel("probability (%)", fontsize=8)
+        row[2].set(xticks=range(10), ylim=(0, 100), yticks=(0, 50, 100), ylabel="probability (%)")
         row[2].set_title(f"read as {read}, {100 * p[read]:.1f} %", fontsize=8)
-        row[2].tick_params(labelsize=8)
-    axes[-1, 2].set_xlabel("digit", fontsize=8)
+    axes[-1, 2].set_xlabel("digit")
     return figure
 
 
 @torch.no_grad()
-def plot_feature_maps(model: nn.Module, image: Tensor, title: str = "", channels: int = 10):
+def plot_feature_maps(model: nn.Module, image: Tensor, title: str = ""):
     """Draw an image (1, C, S, S) and the first channels of what each part makes of it."""
     training = model.training
     maps = {"input": image, **model.eval().get_feature_maps(image)}
     model.train(training)
     del maps["pooled"]  # a vector
-    figure, axes = subplots(len(maps), channels, channels, 1.25 * len(maps), title)
+    figure, axes = subplots(len(maps), 10, 10, 1.25 * len(maps), title)
     for row, (name, features) in zip(axes, maps.items(), strict=True):
         features = features[0].float().cpu().numpy()
         for axis in row:
@@ -1466,10 +1377,8 @@ def visualize_results(
     model: nn.Module, loader, results: dict, history: dict, run_dir: Path, title: str = ""
 ) -> None:
     """Save a run's pictures; ``results`` are what evaluate() returned for this loader."""
-    if isinstance(loader, Batches):
-        images = loader.images.cpu()
-    else:
-        images = torch.cat([batch[:, :1].cpu() for batch, _ in loader])
+    parts = [loader.images] if isinstance(loader, Batches) else [x[:, :1] for x, _ in loader]
+    images = torch.cat(parts).cpu()
     labels, predictions = results["labels"], results["predictions"]
     sure = 100 * results["probabilities"].amax(dim=1)
     mistakes = (labels != predictions).nonzero().flatten()
@@ -1573,11 +1482,8 @@ def drop_squares(mask: Tensor) -> Tensor:
 def drop_specks(mask: Tensor) -> Tensor:
     """Keep the connected parts of a mask (H, W) that have a twentieth of the largest or more."""
     part = torch.arange(1.0, mask.numel() + 1).view(1, *mask.shape) * mask  # each pixel its own
-    while True:
-        grown = F.max_pool2d(part, 3, 1, padding=1) * mask  # the larger number spreads
-        if torch.equal(grown, part):
-            break
-        part = grown
+    while not torch.equal(part, grown := F.max_pool2d(part, 3, 1, padding=1) * mask):
+        part = grown  # the larger number spreads
     sizes = part.long().flatten().bincount()
     sizes[0] = 0
     return (sizes * 20 >= sizes.max())[part[0].long()] & mask
@@ -1603,13 +1509,10 @@ def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
     size = [max(1, round(20 * side / max(ink.shape))) for side in ink.shape]
     digit = TF.resize(ink[None], size, antialias=True)[0]  # (h, w), one of them 20
     digit = (255 * digit / digit.max()).round().byte()
-    image, corner = torch.zeros(28, 28, dtype=torch.uint8), []
-    for axis, side in enumerate(digit.shape):
-        mass = digit.sum(dim=1 - axis).float()
-        centre = (mass @ torch.arange(float(side)) / mass.sum()).item()
-        corner.append(min(max(round(13.5 - centre), 0), 28 - side))
-    image[corner[0] :, corner[1] :][: digit.shape[0], : digit.shape[1]] = digit
-    return picture, image
+    places = torch.cartesian_prod(*map(torch.arange, digit.shape)).float()  # (h·w, 2)
+    corner = (13.5 - digit.flatten().float() @ places / digit.sum()).round().clamp(min=0)
+    top, left = torch.minimum(corner, 28 - torch.tensor(digit.shape)).int().tolist()
+    return picture, TF.crop(digit[None], -top, -left, 28, 28)[0]  # which pads with 0
 
 
 def read_kaggle(path: str | Path, labelled: bool) -> tuple[Tensor, Tensor | None]:
@@ -1679,12 +1582,9 @@ def lenet5(num_classes: int = 10, input_channels: int = 1) -> nn.Sequential:
     """
     layers = OrderedDict(
         C1=nn.Conv2d(input_channels, 6, 5, padding=2),  # (N, 6, 28, 28)
-        tanh1=nn.Tanh(),
-        S2=nn.AvgPool2d(2),  # (N, 6, 14, 14)
+        S2=nn.Sequential(nn.Tanh(), nn.AvgPool2d(2)),  # (N, 6, 14, 14)
         C3=nn.Conv2d(6, 16, 5),  # (N, 16, 10, 10)
-        tanh3=nn.Tanh(),
-        S4=nn.AdaptiveAvgPool2d(5),  # (N, 16, 5, 5), whatever the size of the image
-        flatten=nn.Flatten(),
+        S4=nn.Sequential(nn.Tanh(), nn.AdaptiveAvgPool2d(5), nn.Flatten()),  # (N, 16·5·5)
         C5=nn.Linear(400, 120),  # on a 5×5 map, a 5×5 convolution
         tanh5=nn.Tanh(),
         F6=nn.Linear(120, 84),
@@ -1698,15 +1598,11 @@ def simple_cnn(num_classes: int = 10, input_channels: int = 1) -> nn.Sequential:
     """Three 3×3 convolutions with ReLUs and max-pools, and two linear layers."""
     layers = OrderedDict(
         conv1=nn.Conv2d(input_channels, 16, 3, padding=1),
-        relu1=nn.ReLU(),
-        pool1=nn.MaxPool2d(2),  # (N, 16, 14, 14)
+        pool1=nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)),  # (N, 16, 14, 14)
         conv2=nn.Conv2d(16, 32, 3, padding=1),
-        relu2=nn.ReLU(),
-        pool2=nn.MaxPool2d(2),  # (N, 32, 7, 7)
+        pool2=nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)),  # (N, 32, 7, 7)
         conv3=nn.Conv2d(32, 64, 3, padding=1),
-        relu3=nn.ReLU(),
-        pool3=nn.AdaptiveMaxPool2d(3),  # (N, 64, 3, 3)
-        flatten=nn.Flatten(),
+        pool3=nn.Sequential(nn.ReLU(), nn.AdaptiveMaxPool2d(3), nn.Flatten()),  # (N, 64·3·3)
         fc1=nn.Linear(576, 64),
         relu4=nn.ReLU(),
         fc2=nn.Linear(64, num_classes),
@@ -1780,7 +1676,7 @@ def load_weights(model: nn.Module, name: str, source: str) -> tuple[str, list[st
     fresh = [key for key in own if key not in fits and "num_batches_tracked" not in key]
     if not fits:
         raise UserError(f"{source} holds no weights of {name}")
-    own.update(fits)
+    own.update(fits)  # with the version that MNASNet looks for
     model.load_state_dict(own)
     report = f"{len(fits)} of {len(state)} tensors of {source} loaded"
     if adapted and first in fits:
@@ -1792,15 +1688,12 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
     """Return torchvision's weights for a model, downloaded or from its cache."""
     try:
         weights = models.get_model_weights(name).DEFAULT
+        return weights.get_state_dict(progress=False, check_hash=True)
     except ValueError as error:
         raise UserError(f"torchvision has no ImageNet weights for {name}") from error
-    try:
-        return weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"{weights.url} cannot be downloaded ({error}); get it elsewhere and give the file: "
-            f"--weights {Path(weights.url).name}"
-        ) from error
+        why = f"{weights.url} cannot be downloaded ({error})"
+        raise UserError(f"{why}; get it elsewhere: --weights {Path(weights.url).name}") from error
 
 
 def freeze(model: nn.Module, parts: Sequence[str], fresh: list[str]) -> None:
@@ -1846,21 +1739,19 @@ def load_run(run: str | None, device: str | None) -> tuple[ResNetTrainer, dict, 
 
 def claim_run_dir(output_dir: str | None, name: str) -> Path:
     """Make the folder of a new run; refuse one that holds a run already."""
-    number = 1
-    while not output_dir and (RUNS / f"{name}-{number}").exists():
-        number += 1
-    folder = Path(output_dir or RUNS / f"{name}-{number}")
+    numbered = (RUNS / f"{name}-{number}" for number in itertools.count(1))
+    folder = Path(output_dir or next(path for path in numbered if not path.exists()))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any((folder / kept).exists() for kept in ("best.pt", "last.pt", "report.txt")):
-            raise UserError(f"{folder} is taken: choose another, or --resume the run in it")
-        with open(folder / "history.csv", "x"):  # of two runs that want it at once, one gets it
-            return folder
+            raise FileExistsError
+        (folder / "history.csv").touch(exist_ok=False)  # of two runs at once, one gets it
+    except FileExistsError as error:
+        what = "choose another, delete it, or --resume the run in it"
+        raise UserError(f"{folder} is taken: {what}") from error
     except OSError as error:
-        if (folder / "history.csv").exists():
-            why = "a run has begun in it, and saved nothing yet: delete it, or choose another"
-            raise UserError(f"{folder} is taken: {why}") from error
         raise UserError(f"cannot write into {folder}: {error.strerror}") from error
+    return folder
 
 
 def load_data(recipe: Recipe, data_dir: str) -> MNISTDataLoader:
@@ -1878,15 +1769,16 @@ def load_data(recipe: Recipe, data_dir: str) -> MNISTDataLoader:
     return MNISTDataLoader(data_dir=data_dir, dataset=digits, **options)
 
 
-def make_report(recipe: Recipe, metrics: dict, results: dict) -> str:
-    """Return how a network does on the test set, as text of 80 columns."""
+def make_report(recipe: Recipe, rows: list[dict], results: dict) -> str:
+    """Return how the best network of these epochs does on the test set, as text of 80 columns."""
     labels, correct = results["labels"], results["predictions"] == results["labels"]
     tested = "validation" if recipe.dataset == "kaggle" else "test"  # its test has no labels
     report = f"{recipe.model}, {recipe.input}, dataset {recipe.dataset}, seed {recipe.seed}\n"
-    if metrics:
+    if rows:
+        best = min(rows, key=lambda row: row["val_loss"])
         part = "validation set" if recipe.select_on == "val" else "TEST SET, which is optimistic"
-        report += f"epoch {metrics['epoch']}, selected on the {part}: "
-        report += f"loss {metrics['val_loss']:.4f}, accuracy {metrics['val_accuracy']:.2f} %\n"
+        report += f"epoch {best['epoch']}, selected on the {part}: "
+        report += f"loss {best['val_loss']:.4f}, accuracy {best['val_accuracy']:.2f} %\n"
     report += f"{tested} loss {results['loss']:.4f}, {tested} accuracy {results['accuracy']:.2f} % "
     report += f"({correct.sum():,} of {len(labels):,} {recipe.dataset} images)\n\n"
     return report + classification_report(labels, results["predictions"]) + "\n"
@@ -1897,16 +1789,13 @@ def list_recipes() -> None:
     for name, recipe in RECIPES.items():
         changes = asdict(recipe).items() - asdict(Recipe()).items()
         text = ", ".join(f"{key} {value}" for key, value in sorted(changes)) or "the defaults"
-        indents = {"initial_indent": f"{name:11}", "subsequent_indent": " " * 11}
-        print(textwrap.fill(text, 79, **indents))
+        print(textwrap.fill(f"{name:11}{text}", 79, subsequent_indent=" " * 11))
 
 
-def start_or_resume(
-    args: argparse.Namespace, given: dict
-) -> tuple[Recipe, dict | None, Path | None]:
+def start_or_resume(args: argparse.Namespace, given: dict) -> tuple[Recipe, dict, Path | None]:
     """Return the recipe, and for a resumed run its last checkpoint and its folder."""
     if args.resume is None:
-        return replace(RECIPES[args.recipe or "plateau"], **given), None, None
+        return replace(RECIPES[args.recipe or "plateau"], **given), {}, None
     if args.recipe or args.output_dir:
         raise UserError("a resumed run keeps its recipe and folder: no --recipe, no --output-dir")
     path = find_checkpoint(None if args.resume is True else args.resume, "last.pt")
@@ -1933,8 +1822,6 @@ def command_train(args: argparse.Namespace, given: dict) -> None:
     rank, ranks = rank_and_ranks()
     args.quiet = args.quiet or rank > 0
     recipe, checkpoint, run_dir = start_or_resume(args, given)
-    if recipe.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks for it
     torch.manual_seed(recipe.seed)
     model, loaded = build_model(recipe), ""
     fresh = [] if checkpoint else list(model.state_dict())
@@ -1965,10 +1852,9 @@ def command_train(args: argparse.Namespace, given: dict) -> None:
         history = trainer.train(data.train, data.val, resume=checkpoint)
         finish_run(trainer, data, history)
     except KeyboardInterrupt:
-        if not run_dir:
-            raise
-        command = ["python", sys.argv[0], "--resume", str(run_dir), "--data-dir", args.data_dir]
-        print(f"stopped; this goes on:  {shlex.join(command)}", file=sys.stderr)
+        if run_dir:
+            command = ["python", sys.argv[0], "--resume", str(run_dir), "--data-dir", args.data_dir]
+            print(f"stopped; this goes on:  {shlex.join(command)}", file=sys.stderr)
         raise
 
 
@@ -1979,7 +1865,7 @@ def finish_run(trainer: ResNetTrainer, data: MNISTDataLoader, history: dict) -> 
     if not run_dir:  # of several processes, the first one writes
         return
     data.test.to(trainer.device)  # all of it, for the pictures
-    report = make_report(recipe, load_checkpoint(run_dir / "best.pt")["metrics"], results)
+    report = make_report(recipe, trainer.rows, results)
     write_atomically(run_dir / "report.txt", report.encode())
     print(report if trainer.quiet else f"\n{report}")
     if data.unlabelled is not None:
@@ -2001,7 +1887,7 @@ def command_evaluate(args: argparse.Namespace, given: dict) -> None:
         data = load_data(recipe, args.data_dir)
         print(f"{path} on {describe_device(trainer.device)}, {trainer.precision}\n")
         results = trainer.test(data.test.to(trainer.device))
-        print(make_report(recipe, checkpoint["metrics"], results))
+        print(make_report(recipe, checkpoint["rows"], results))
         layers = list_layers(trainer.model, next(iter(data.test))[0][:1])
         seconds = statistics.median(row["seconds"] for row in rows) if rows else math.nan
         parameters, flops = (sum(layer[i] for layer in layers) for i in (2, 3))
@@ -2011,8 +1897,7 @@ def command_evaluate(args: argparse.Namespace, given: dict) -> None:
         if len(args.runs) < 2:
             return
         torch.manual_seed(recipe.seed)
-        images, labels = next(iter(data.train))
-        norms = gradient_norms(build_model(recipe), images, labels)
+        norms = gradient_norms(build_model(recipe), *next(iter(data.train)))
         curves[str(path.parent if path.name == "best.pt" else path)] = rows, norms
     for line in table:
         print("{:20} {:7}{:>12}{:>9}{:>9}{:>10}  {}".format(*map(str, line)))
@@ -2031,11 +1916,10 @@ def command_predict(args: argparse.Namespace, given: dict) -> None:
         return write_solution(trainer, images, path.with_name("solution.csv"))
     pictures, digits = zip(*map(read_image, args.images), strict=True)
     results = trainer.test(as_loader(trainer, torch.stack(digits)))
-    names = [os.fsencode(Path(name).name).decode(errors="replace") for name in args.images]
     for name, probabilities in zip(args.images, results["probabilities"], strict=True):
         print(f"{probabilities.argmax()}  {100 * probabilities.max():6.2f} %  {name}")
     title = f"{trainer.recipe.model}, trained on {trainer.recipe.dataset}"
-    figure = plot_readings(names, pictures, digits, results["probabilities"], title)
+    figure = plot_readings(args.images, pictures, digits, results["probabilities"], title)
     save_figure(figure, path.with_name("predict.png"))
     print(f"what the network saw: {path.with_name('predict.png')}")
 
@@ -2056,18 +1940,10 @@ COMMANDS = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors take one line."""
-
-    def error(self, message: str):
-        """Raise UserError."""
-        raise UserError(f"{message}; --help lists what there is")
-
-
 def make_parser(command: str) -> argparse.ArgumentParser:
     """Return the parser of a command; the flags of a recipe are made from its fields."""
-    described = COMMANDS[command].__doc__
-    parser = Parser(f"resnet18_mnist.py {command}", description=described, allow_abbrev=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    parser.prog, parser.description = f"resnet18_mnist.py {command}", COMMANDS[command].__doc__
     parser.epilog = "Other commands: " + ", ".join(name for name in COMMANDS if name != command)
     operands = {"evaluate": "[RUN ...] ", "predict": "[IMAGE ...] "}.get(command, "")
     parser.usage = f"%(prog)s {operands}[flags]"
@@ -2107,7 +1983,9 @@ def main(arguments: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know ×
     try:
-        args = make_parser(command).parse_args(arguments)
+        args, unknown = make_parser(command).parse_known_args(arguments)
+        if unknown:
+            raise UserError(f"{' '.join(unknown)} is not known; --help lists what there is")
         show = getattr(args, "show", False)
         if not show and "IPython" not in sys.modules:
             os.environ["MPLBACKEND"] = "agg"  # there may be no screen
@@ -2123,7 +2001,7 @@ def main(arguments: list[str] | None = None) -> int:
             dist.destroy_process_group()
     except BrokenPipeError:  # whoever read our output, `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (UserError, OSError) as error:
+    except (UserError, OSError, argparse.ArgumentError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
