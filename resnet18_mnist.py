@@ -657,7 +657,6 @@ def weigh(images: int, device: torch.device | str) -> Tensor | float:
 
 DATASETS = ("auto", "mnist", "synthetic", "kaggle")
 SCHEDULERS = ("plateau", "step", "cosine", "onecycle", "none")
-PER_UPDATE = ("cosine", "onecycle")  # these change the rate within an epoch
 OPTIMIZERS = {
     "sgd": torch.optim.SGD,
     "nesterov": partial(torch.optim.SGD, nesterov=True),
@@ -909,16 +908,13 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, updates_per_epoch: int):
-    """Return the recipe's scheduler.
-
-    Those in PER_UPDATE take a step after each update, the others after each epoch.
-    """
+    """Return the recipe's scheduler; all but "plateau" take a step after each update."""
     kinds, updates = torch.optim.lr_scheduler, recipe.epochs * updates_per_epoch
     if recipe.scheduler == "plateau":
         options = {"factor": recipe.lr_factor, "patience": recipe.lr_patience, "threshold": 0}
         return kinds.ReduceLROnPlateau(optimizer, **options)
     if recipe.scheduler == "step":
-        return kinds.StepLR(optimizer, recipe.lr_step, recipe.lr_factor)
+        return kinds.StepLR(optimizer, recipe.lr_step * updates_per_epoch, recipe.lr_factor)
     if recipe.scheduler == "cosine":
         return kinds.CosineAnnealingLR(optimizer, updates)
     if recipe.scheduler == "onecycle":
@@ -1054,8 +1050,6 @@ class ResNetTrainer:
             row = self._train_and_validate(network, train_loader, val_loader)
             if recipe.scheduler == "plateau":
                 self.scheduler.step(row["val_loss"])
-            elif recipe.scheduler == "step":
-                self.scheduler.step()
             row["best"] = stopping.step(row["val_loss"])
             self.rows.append(row)
             if self.run_dir:
@@ -1097,7 +1091,7 @@ class ResNetTrainer:
     def _train_and_validate(self, network: nn.Module, train_loader, val_loader) -> dict:
         epoch, started, recipe = len(self.rows) + 1, time.perf_counter(), self.recipe
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        after_update = [self.scheduler.step] if recipe.scheduler in PER_UPDATE else []
+        after_update = [] if recipe.scheduler == "plateau" else [self.scheduler.step]
         if self.average:
             after_update.append(partial(self.average.update_parameters, self.model))
         title = None if self.quiet else f"{epoch:5}/{recipe.epochs}"
@@ -1274,27 +1268,25 @@ def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor) -> list[flo
 
 def plot_comparison(runs: dict[str, tuple[list[dict], list[float]]]):
     """Draw runs, each with its rows and gradient norms, as accuracy by time, loss, and norms."""
-    figure, ((time_axis, loss_axis, depth_axis),) = subplots(1, 3, 13, 4.4, "")
+    figure, (axes,) = subplots(1, 3, 13, 4.4, "")
     for place, (name, (rows, norms)) in enumerate(runs.items()):
-        style = {"color": PALETTE[place % 7], "marker": "osD^vP*"[place % 7], "ms": 4}
+        look = {"color": PALETTE[place % 7], "marker": "osD^vP*"[place % 7], "ms": 4, "label": name}
         seconds = list(itertools.accumulate(row["seconds"] for row in rows))
-        errors = [100 - row["val_accuracy"] for row in rows]
-        time_axis.plot(seconds, errors, label=name, **style)
-        epochs = [row["epoch"] for row in rows]
-        loss_axis.plot(epochs, [row["train_loss"] for row in rows], label=name, **style)
-        depth_axis.plot(range(1, len(norms) + 1), norms, label=name, **style)
-    time_axis.set(xlabel="time of training and validation (s)", ylabel="validation accuracy (%)")
-    loss_axis.set(xlabel="epoch", ylabel="training loss (nats per image)")
-    depth_axis.set(xlabel="layer, from the image", ylabel="gradient norm before the first step")
-    use_log_scale(time_axis, "x")
-    for axis in (time_axis, loss_axis, depth_axis):
+        axes[0].plot(seconds, [100 - row["val_accuracy"] for row in rows], **look)
+        axes[1].plot(range(1, len(rows) + 1), [row["train_loss"] for row in rows], **look)
+        axes[2].plot(range(1, len(norms) + 1), norms, **look)
+    axes[0].set(xlabel="time of training and validation (s)", ylabel="validation accuracy (%)")
+    axes[1].set(xlabel="epoch", ylabel="training loss (nats per image)")
+    axes[2].set(xlabel="layer, from the image", ylabel="gradient norm before the first step")
+    for axis in axes[1:]:
         use_log_scale(axis, "y")
-        axis.grid(alpha=0.3)
-    use_log_scale(time_axis, "y", lambda error, _: f"{100 - error:g}")
-    time_axis.invert_yaxis()  # few errors are high accuracy
-    for axis in (loss_axis, depth_axis):
         axis.xaxis.get_major_locator().set_params(integer=True)
-    time_axis.legend(fontsize=8)
+    use_log_scale(axes[0], "x")
+    use_log_scale(axes[0], "y", lambda error, _: f"{100 - error:g}")
+    axes[0].invert_yaxis()  # few errors are high accuracy
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
     return figure
 
 
@@ -1803,7 +1795,8 @@ def start_or_resume(args: argparse.Namespace, given: dict) -> tuple[Recipe, dict
     if "optimizer" not in checkpoint:
         raise UserError(f"{path} cannot be resumed; the last.pt of a run can")
     recipe = checkpoint["recipe"]
-    free = {"patience"} if recipe.scheduler in PER_UPDATE else {"epochs", "patience"}
+    whole = recipe.scheduler in ("cosine", "onecycle")  # whose curve depends on the epochs to come
+    free = {"patience"} if whole else {"epochs", "patience"}
     if given.get("dataset") == "auto":
         del given["dataset"]  # which was settled at the start
     for name in given.keys() - free:

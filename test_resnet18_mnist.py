@@ -686,9 +686,6 @@ def rates(epochs=4, **options):
         for _ in range(3):
             seen.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
-            if recipe.scheduler in rm.PER_UPDATE:
-                scheduler.step()
-        if recipe.scheduler == "step":
             scheduler.step()
     return seen
 
