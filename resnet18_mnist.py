@@ -43,6 +43,7 @@ Sources
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import csv
 import io
@@ -358,15 +359,16 @@ def read_mnist(data_dir: str | Path) -> Digits:
     """
     raw, mnist, parts = Path(data_dir, "MNIST", "raw"), datasets.mnist, []
     # Images and labels to train on, then to test on.
-    files = {raw / name.removesuffix(".gz"): md5 for name, md5 in datasets.MNIST.resources}
+    files = [raw / name.removesuffix(".gz") for name, _ in datasets.MNIST.resources]
     try:
         if not all(path.is_file() for path in files):
             datasets.MNIST(data_dir, download=True)
     except Exception as error:
+        if getattr(error, "strerror", None):  # a folder that cannot be written, say
+            raise
         why = str(error).strip().rpartition("\n")[2]
-        packed = {Path(f"{path}.gz"): md5 for path, md5 in files.items() if not path.is_file()}
-        bad = [path.name for path, md5 in packed.items() if not mnist.check_integrity(path, md5)]
-        what = f"missing or damaged in {raw}: {', '.join(bad) or 'nothing'}"
+        bad = [n for n, md5 in datasets.MNIST.resources if not mnist.check_integrity(raw / n, md5)]
+        what = f"missing or damaged in {raw}: {', '.join(bad)}"
         raise UserError(f"MNIST cannot be downloaded ({why}); {what}") from error
     for path in files:
         read = mnist.read_image_file if "images" in path.name else mnist.read_label_file
@@ -448,7 +450,8 @@ class Batches:
     def to(self, device: torch.device | str, rank: int = 0, ranks: int = 1) -> Batches:
         """Move the images to ``device``, once for all batches to come.
 
-        Of ``ranks`` processes, each then gets its own part of every batch.
+        Of ``ranks`` processes, each then gets its own part of every batch, if all have seeded
+        torch's random numbers alike, as ResNetTrainer does for each epoch.
         """
         self.images, self.labels = self.images.to(device), self.labels.to(device)
         self.rank, self.ranks = rank, ranks
@@ -484,7 +487,8 @@ class MNISTDataLoader:
     ``val_size`` images (default: a twelfth, 5,000 of the 60,000) are held out of the training set.
     ``select_on="test"`` holds none out and makes ``.val`` the test set, as many scripts do; where
     there are no test labels, ``.test`` is ``.val`` and ``.unlabelled`` the test images (or None).
-    ``limit`` keeps so many training images, ``augment`` distorts them (True: a little).
+    ``limit`` keeps so many training images, ``augment`` distorts them (True: a little), ``seed``
+    decides which are held out.
     """
 
     def __init__(
@@ -657,6 +661,7 @@ def weigh(images: int, device: torch.device | str) -> Tensor | float:
 
 DATASETS = ("auto", "mnist", "synthetic", "kaggle")
 SCHEDULERS = ("plateau", "step", "cosine", "onecycle", "none")
+PER_UPDATE = ("cosine", "onecycle")  # these change the rate within an epoch
 OPTIMIZERS = {
     "sgd": torch.optim.SGD,
     "nesterov": partial(torch.optim.SGD, nesterov=True),
@@ -908,13 +913,13 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, updates_per_epoch: int):
-    """Return the recipe's scheduler; all but "plateau" take a step after each update."""
+    """Return the recipe's scheduler: those in PER_UPDATE step after each update, others epoch."""
     kinds, updates = torch.optim.lr_scheduler, recipe.epochs * updates_per_epoch
     if recipe.scheduler == "plateau":
         options = {"factor": recipe.lr_factor, "patience": recipe.lr_patience, "threshold": 0}
         return kinds.ReduceLROnPlateau(optimizer, **options)
     if recipe.scheduler == "step":
-        return kinds.StepLR(optimizer, recipe.lr_step * updates_per_epoch, recipe.lr_factor)
+        return kinds.StepLR(optimizer, recipe.lr_step, recipe.lr_factor)
     if recipe.scheduler == "cosine":
         return kinds.CosineAnnealingLR(optimizer, updates)
     if recipe.scheduler == "onecycle":
@@ -937,7 +942,8 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def save_checkpoint(path: Path, **content) -> None:
@@ -1019,7 +1025,12 @@ class ResNetTrainer:
         # The layout that cuDNN and oneDNN prefer: it saves a transposition a convolution. On mps
         # gradients through it were wrong (PyTorch's issue 175189).
         layout = torch.preserve_format if self.device.type == "mps" else torch.channels_last
-        self.model = self.tested = model.to(self.device, memory_format=layout)
+        self.model, self.average = model.to(self.device, memory_format=layout), None
+
+    @property
+    def tested(self) -> nn.Module:
+        """The network to test and to keep: the model, or in training the mean of its weights."""
+        return self.average.module if self.average else self.model
 
     def train(self, train_loader, val_loader=None, resume: dict | None = None, **overrides) -> dict:
         """Train; end on the weights of the best epoch, in eval mode; return the history.
@@ -1050,6 +1061,8 @@ class ResNetTrainer:
             row = self._train_and_validate(network, train_loader, val_loader)
             if recipe.scheduler == "plateau":
                 self.scheduler.step(row["val_loss"])
+            elif recipe.scheduler == "step":
+                self.scheduler.step()
             row["best"] = stopping.step(row["val_loss"])
             self.rows.append(row)
             if self.run_dir:
@@ -1063,7 +1076,7 @@ class ResNetTrainer:
         kept = load_checkpoint(self.run_dir / "best.pt")["model"] if self.run_dir else None
         self.model.load_state_dict(gather(kept)[0] or best_weights)  # the first rank has the folder
         self.model.eval()
-        self.average, self.tested = None, self.model  # which has become what was tested
+        self.average = None  # the model has become what was tested
         return {name: [row[name] for row in self.rows] for name in self.rows[0]}
 
     def _prepare(self, *loaders) -> nn.Module:
@@ -1076,22 +1089,22 @@ class ResNetTrainer:
         for loader in loaders:
             if isinstance(loader, Batches):
                 loader.to(self.device, *rank_and_ranks())
-        self.rows, self.average, self.tested = [], None, self.model
+        self.rows, self.average = [], None
         self.optimizer = make_optimizer(self.model, recipe)
         updates = math.ceil(len(loaders[0]) / recipe.accumulate)
         self.scheduler = make_scheduler(self.optimizer, recipe, updates)
         if recipe.ema:
             decay = get_ema_multi_avg_fn(recipe.ema)
             self.average = AveragedModel(self.model, multi_avg_fn=decay, use_buffers=True)
-            self.tested = self.average.module  # in training, the mean of the weights
         if is_distributed():
             network = DistributedDataParallel(network)
         return torch.compile(network) if recipe.compile else network
 
+    @torch.random.fork_rng(devices=[])  # whoever draws after training does not draw the same again
     def _train_and_validate(self, network: nn.Module, train_loader, val_loader) -> dict:
         epoch, started, recipe = len(self.rows) + 1, time.perf_counter(), self.recipe
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        after_update = [] if recipe.scheduler == "plateau" else [self.scheduler.step]
+        after_update = [self.scheduler.step] if recipe.scheduler in PER_UPDATE else []
         if self.average:
             after_update.append(partial(self.average.update_parameters, self.model))
         title = None if self.quiet else f"{epoch:5}/{recipe.epochs}"
@@ -1100,6 +1113,8 @@ class ResNetTrainer:
         # Order, augmentation and dropout of an epoch depend on seed and epoch alone: a resumed run
         # need not know what was drawn before. Two seeds are a million epochs apart.
         torch.manual_seed(recipe.seed * 1_000_003 + epoch)
+        if hasattr(train_loader, "set_epoch"):
+            train_loader.set_epoch(epoch)
         try:
             train = val = train_one_epoch(
                 network, train_loader, self.optimizer, self.device, self.precision, **options
@@ -1114,7 +1129,7 @@ class ResNetTrainer:
             if recipe.test_train:
                 as_they_are = copy.copy(train_loader)
                 if isinstance(as_they_are, Batches):
-                    as_they_are.augment = None
+                    as_they_are.augment, as_they_are.shuffle = None, False
                 after = self.test(as_they_are)["accuracy"]
             if not math.isfinite(val["loss"]):
                 raise FloatingPointError(f"the validation loss became {val['loss']}")
@@ -1521,8 +1536,9 @@ def read_kaggle(path: str | Path, labelled: bool) -> tuple[Tensor, Tensor | None
             if next(rows, None) != columns:
                 raise UserError(f"{path}, row 1: the columns are not {', '.join(columns[:3])} ...")
             for cells in filter(None, rows):
-                try:
-                    row = bytes(map(int, cells))  # which takes nothing but 0 to 255
+                try:  # bytes() takes nothing but 0 to 255, int() also 1_0 and +1
+                    digits = "".join(cells).replace(" ", "")
+                    row = bytes(map(int, cells)) if digits.isdecimal() else b""
                 except ValueError:
                     row = b""
                 if len(row) != len(columns) or (labelled and row[0] > 9):
@@ -1739,8 +1755,7 @@ def claim_run_dir(output_dir: str | None, name: str) -> Path:
             raise FileExistsError
         (folder / "history.csv").touch(exist_ok=False)  # of two runs at once, one gets it
     except FileExistsError as error:
-        what = "choose another, delete it, or --resume the run in it"
-        raise UserError(f"{folder} is taken: {what}") from error
+        raise UserError(f"{folder} is taken: choose another, or --resume the run in it") from error
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror}") from error
     return folder
@@ -1762,15 +1777,14 @@ def load_data(recipe: Recipe, data_dir: str) -> MNISTDataLoader:
 
 
 def make_report(recipe: Recipe, rows: list[dict], results: dict) -> str:
-    """Return how the best network of these epochs does on the test set, as text of 80 columns."""
+    """Return how a network, trained for these epochs, does on the test set: text of 80 columns."""
     labels, correct = results["labels"], results["predictions"] == results["labels"]
     tested = "validation" if recipe.dataset == "kaggle" else "test"  # its test has no labels
     report = f"{recipe.model}, {recipe.input}, dataset {recipe.dataset}, seed {recipe.seed}\n"
-    if rows:
-        best = min(rows, key=lambda row: row["val_loss"])
+    for row in rows[-1:]:
         part = "validation set" if recipe.select_on == "val" else "TEST SET, which is optimistic"
-        report += f"epoch {best['epoch']}, selected on the {part}: "
-        report += f"loss {best['val_loss']:.4f}, accuracy {best['val_accuracy']:.2f} %\n"
+        report += f"epoch {row['epoch']}, selected on the {part}: "
+        report += f"loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.2f} %\n"
     report += f"{tested} loss {results['loss']:.4f}, {tested} accuracy {results['accuracy']:.2f} % "
     report += f"({correct.sum():,} of {len(labels):,} {recipe.dataset} images)\n\n"
     return report + classification_report(labels, results["predictions"]) + "\n"
@@ -1795,8 +1809,7 @@ def start_or_resume(args: argparse.Namespace, given: dict) -> tuple[Recipe, dict
     if "optimizer" not in checkpoint:
         raise UserError(f"{path} cannot be resumed; the last.pt of a run can")
     recipe = checkpoint["recipe"]
-    whole = recipe.scheduler in ("cosine", "onecycle")  # whose curve depends on the epochs to come
-    free = {"patience"} if whole else {"epochs", "patience"}
+    free = {"patience"} if recipe.scheduler in PER_UPDATE else {"epochs", "patience"}
     if given.get("dataset") == "auto":
         del given["dataset"]  # which was settled at the start
     for name in given.keys() - free:
@@ -1858,7 +1871,8 @@ def finish_run(trainer: ResNetTrainer, data: MNISTDataLoader, history: dict) -> 
     if not run_dir:  # of several processes, the first one writes
         return
     data.test.to(trainer.device)  # all of it, for the pictures
-    report = make_report(recipe, trainer.rows, results)
+    rows = load_checkpoint(run_dir / "best.pt")["rows"]
+    report = make_report(recipe, rows, results)
     write_atomically(run_dir / "report.txt", report.encode())
     print(report if trainer.quiet else f"\n{report}")
     if data.unlabelled is not None:
@@ -1889,8 +1903,10 @@ def command_evaluate(args: argparse.Namespace, given: dict) -> None:
         table += [(name, recipe.input, *counts, f"{results['accuracy']:.2f} %", path)]
         if len(args.runs) < 2:
             return
+        torch.manual_seed(0)
+        batch = next(iter(data.train))  # the same for all
         torch.manual_seed(recipe.seed)
-        norms = gradient_norms(build_model(recipe), *next(iter(data.train)))
+        norms = gradient_norms(build_model(recipe), *batch)
         curves[str(path.parent if path.name == "best.pt" else path)] = rows, norms
     for line in table:
         print("{:20} {:7}{:>12}{:>9}{:>9}{:>10}  {}".format(*map(str, line)))

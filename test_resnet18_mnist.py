@@ -686,6 +686,9 @@ def rates(epochs=4, **options):
         for _ in range(3):
             seen.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
+            if recipe.scheduler in rm.PER_UPDATE:
+                scheduler.step()
+        if recipe.scheduler == "step":
             scheduler.step()
     return seen
 
@@ -793,6 +796,17 @@ def test_average_of_the_weights_is_what_is_tested_and_kept(tmp_path):
     assert torch.allclose(kept["model"]["1.bias"], average, atol=1e-6)
     assert torch.equal(trainer.model[1].bias, kept["model"]["1.bias"])
     assert trainer.test(loader)["loss"] == pytest.approx(history["val_loss"][-1])
+
+
+def test_training_leaves_the_random_numbers_of_others_alone():
+    """Else networks made after it, in a loop over seeds say, would all be the same."""
+    loader, epochs = digits_loader(96, shuffle=True, augment=True), []
+    model = nn.Sequential(nn.Dropout(), LinearModel())
+    loader.set_epoch = epochs.append
+    before = torch.get_rng_state()
+    rm.ResNetTrainer(model, "cpu", quiet=True).train(loader, loader, epochs=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert epochs == [1, 2]  # as samplers of others need it
 
 
 def test_training_goes_on_after_a_divergence():
@@ -1192,6 +1206,7 @@ KAGGLE_HEADER = ",".join(["label", *(f"pixel{i}" for i in range(784))]) + "\n"
         (KAGGLE_HEADER + row(3) + row(3, 256), "row 3, column pixel0: '256'"),
         (KAGGLE_HEADER + row(3) + row(3, -1), "row 3, column pixel0: '-1'"),
         (KAGGLE_HEADER + row(3, 4, "x"), "row 2, column pixel1: 'x'"),
+        (KAGGLE_HEADER + row(3, "1_0"), "row 2, column pixel0: '1_0'"),
         (KAGGLE_HEADER + row(3, 1.5), "row 2, column pixel0: '1.5'"),
         (KAGGLE_HEADER + row(3) + row(10), "row 3, column label: '10'"),
         (KAGGLE_HEADER + row(3) + "1,2\n", "row 3: 2 columns, not 785"),
@@ -1518,6 +1533,17 @@ def test_every_format_of_image_is_read(tmp_path, reader):
     digits = torch.stack([rm.read_image(tmp_path / name)[1] for name in pictures])
     read = reader.test(rm.as_loader(reader, digits))["predictions"].tolist()
     assert dict(zip(pictures, read, strict=True)) == dict.fromkeys(pictures, 2)
+
+
+def test_report_of_the_last_network_names_its_epoch(tmp_path, capsys, no_pictures):
+    assert small_run(tmp_path) == 0
+    path = tmp_path / "run" / "last.pt"
+    last = torch.load(path, weights_only=True)
+    last["rows"][0]["val_loss"] = 0.0  # as if the first epoch had been the best
+    torch.save(last, path)
+    capsys.readouterr()
+    assert rm.main(["evaluate", str(path), "--data-dir", str(tmp_path)]) == 0
+    assert "epoch 3, selected" in capsys.readouterr().out
 
 
 def test_describe(tmp_path):
