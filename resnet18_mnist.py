@@ -62,7 +62,7 @@ import time
 import warnings
 import zipfile
 from collections import OrderedDict, namedtuple
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -81,6 +81,15 @@ from torchvision.transforms.v2 import functional as TF
 
 class UserError(Exception):
     """A mistake that the user can mend: the command line says it in one line and exits with 2."""
+
+
+@contextlib.contextmanager
+def explaining(message: str, errors=Exception) -> Iterator[None]:
+    """Make a UserError with this message of these errors."""
+    try:
+        yield
+    except errors as error:
+        raise UserError(message) from error
 
 
 # %% 1. Network
@@ -241,11 +250,8 @@ class ResNet(nn.Module):
         return nn.Sequential(first, *others)
 
     def get_feature_maps(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the output of the stem and of each layer for images (N, C, H, W), and their mean.
-
-        The shapes are those of ResNet-18 for 1×28×28 ("imagenet") / for 3×32×32 ("cifar").
-        """
-        maps = {}
+        """Return what stem, layers and pooling make of images (N, C, H, W), by their names."""
+        maps = {}  # the shapes: of ResNet-18 for 1×28×28 ("imagenet") / for 3×32×32 ("cifar")
         x = self.relu(self.bn1(self.conv1(images)))  # (N, 64, 14, 14) / (N, 64, 32, 32)
         maps["stem"] = x = self.maxpool(x)  #          (N, 64, 7, 7)   / (N, 64, 32, 32)
         maps["layer1"] = x = self.layer1(x)  #         (N, 64, 7, 7)   / (N, 64, 32, 32)
@@ -287,14 +293,19 @@ def list_layers(model: nn.Module, image: Tensor) -> list[Layer]:
     and count a multiply-add as two, where the paper counts one. ``live`` is the share of a
     layer's weights that the image can reach.
     """
-    rows, counter = [], FlopCounterMode(display=False)
+    rows, calls, counter = [], [], FlopCounterMode(display=False)
     model = copy.deepcopy(model).eval()  # the hooks go on a copy
-
-    def add_row(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+    for name, part in model.named_modules():
+        leaf = not list(part.children())
+        if leaf and (list(part.parameters()) or "Pool" in type(part).__name__):
+            part.register_forward_hook(lambda *call, name=name: calls.append((name, *call)))
+    with counter:
+        model(image)
+    for name, layer, (x, *_), y in calls:
         parameters = sum(p.numel() for p in layer.parameters())
         if isinstance(layer, nn.BatchNorm2d) and rows:
             rows[-1] = rows[-1]._replace(parameters=rows[-1].parameters + parameters)
-            return
+            continue
         live = 1.0
         if isinstance(layer, nn.Conv2d):
             # A weight is dead if it meets padding at every position of the kernel, as eight of
@@ -304,13 +315,6 @@ def list_layers(model: nn.Module, image: Tensor) -> list[Layer]:
         flops = counter.get_flop_counts().get(f"{type(model).__name__}.{name}", {})
         shape = "×".join(str(side) for side in y.shape[1:])
         rows.append(Layer(name, shape, parameters, sum(flops.values()), live))
-
-    for name, part in model.named_modules():
-        leaf = not list(part.children())
-        if leaf and (list(part.parameters()) or "Pool" in type(part).__name__):
-            part.register_forward_hook(lambda part, x, y, name=name: add_row(name, part, x[0], y))
-    with counter:
-        model(image)
     parameters = sum(p.numel() for p in model.parameters()) - sum(row.parameters for row in rows)
     flops = counter.get_total_flops() - sum(row.flops for row in rows)
     if parameters or flops:  # of an attention's own matrices, say, which are no module
@@ -353,10 +357,7 @@ Digits = namedtuple("Digits", "name train_images train_labels test_images test_l
 
 
 def read_mnist(data_dir: str | Path) -> Digits:
-    """Read MNIST from ``data_dir``/MNIST/raw; download, and check the MD5 of, what is missing.
-
-    Raises UserError where a file is missing, damaged, or does not fit the others.
-    """
+    """Read ``data_dir``/MNIST/raw, download what is missing; UserError where a file is damaged."""
     raw, mnist, parts = Path(data_dir, "MNIST", "raw"), datasets.mnist, []
     # Images and labels to train on, then to test on.
     files = [raw / name.removesuffix(".gz") for name, _ in datasets.MNIST.resources]
@@ -372,10 +373,8 @@ def read_mnist(data_dir: str | Path) -> Digits:
         raise UserError(f"MNIST cannot be downloaded ({why}); {what}") from error
     for path in files:
         read = mnist.read_image_file if "images" in path.name else mnist.read_label_file
-        try:
+        with explaining(f"{path} is damaged: delete it, and it is made again"):
             parts.append(read(path))
-        except Exception as error:  # whatever torchvision makes of arbitrary bytes
-            raise UserError(f"{path} is damaged: delete it, and it is made again") from error
     for name, images, labels in (("train", *parts[:2]), ("t10k", *parts[2:])):
         if images.shape != (len(labels), 28, 28) or not len(labels) or labels.max() > 9:
             raise UserError(f"{name}-images and {name}-labels in {raw} do not fit each other")
@@ -573,10 +572,7 @@ def draw_synthetic_digits(seed: int, train_size: int = 6000, test_size: int = 10
 
 
 def pick_device(name: str | torch.device | None = None) -> torch.device:
-    """Return the named device ("cpu", "cuda", "cuda:1", "mps", "xpu"), or the best there is.
-
-    Raises UserError for one that is not there.
-    """
+    """Return the named device ("cpu", "cuda:1", "mps", "xpu") or the best; else UserError."""
     present = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     present += ["mps"] * torch.backends.mps.is_available()
     present += [f"xpu:{i}" for i in range(torch.xpu.device_count())] + ["cpu"]
@@ -598,12 +594,10 @@ def pick_precision(name: str, device: torch.device) -> str:
     """Turn "auto" into "bf16" where the device is known to compute it in hardware, or "fp32"."""
     if name != "auto":
         return name
-    fast = False
+    has = torch.cpu.get_capabilities()
+    fast = device.type == "cpu" and (has.get("avx512_bf16") or has.get("amx_bf16"))
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    elif device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return "bf16" if fast else "fp32"
 
 
@@ -672,10 +666,7 @@ OPTIMIZERS = {
 
 
 def option(default, text: str, choices=(), low: float | None = None, high: float = 2**32, **flag):
-    """Return a dataclass field that knows its help text, its values and its flag.
-
-    Values are among the choices, or low ≤ value < high; ``flag`` is for argparse.
-    """
+    """Return a field with its help and flag; values are of ``choices``, or low ≤ value < high."""
     if isinstance(default, bool):
         flag["action"] = argparse.BooleanOptionalAction
     elif choices:
@@ -787,14 +778,12 @@ def train_one_epoch(
     precision: str = "fp32",
     accumulate: int = 1,
     label_smoothing: float = 0,
-    after_update: Sequence[Callable[[], None]] = (),
     title: str | None = None,
 ) -> dict:
     """Go through the loader once; return loss (mean, nats), accuracy (%) and images_per_second.
 
     Loss and accuracy are of the batches as the model met them, still learning: they may be worse
-    than in a test right after. Also returns batch_losses, of every 50th batch; ``after_update`` is
-    for what follows the weights within the epoch, such as a learning rate. With a ``title`` it
+    than in a test right after. Also returns batch_losses, of every 50th batch. With a ``title`` it
     shows how it goes: one live line on a terminal, a line every 100 batches in a pipe.
 
     Raises FloatingPointError where a loss is no longer finite.
@@ -816,8 +805,6 @@ def train_one_epoch(
         if (step + 1) % accumulate == 0 or step + 1 == len(loader):
             optimizer.step()
             optimizer.zero_grad()
-            for follow in after_update:
-                follow()
         sizes.append(len(labels))
         losses.append(loss.detach())
         correct.append((logits.argmax(dim=1) == labels).sum())
@@ -954,10 +941,7 @@ def save_checkpoint(path: Path, **content) -> None:
 
 
 def read_tensors(path: str | Path) -> object:
-    """Read what torch.save() wrote, onto the CPU, and run no code in it.
-
-    Raises UserError where it is missing or damaged.
-    """
+    """Read onto the CPU what torch.save() wrote, and run no code in it; UserError if damaged."""
     try:
         if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
             with zipfile.ZipFile(path) as archive:
@@ -980,19 +964,14 @@ def only_weights(state: dict) -> dict[str, Tensor]:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint onto the CPU, its recipe as a Recipe.
-
-    Raises UserError if it is missing, damaged or not ours.
-    """
+    """Read a checkpoint of ours onto the CPU, its recipe as a Recipe; UserError if damaged."""
     checkpoint = read_tensors(path)
-    try:
+    with explaining(f"{path} is damaged, or of another version of this program"):
         rows, weights = [*checkpoint["rows"]], checkpoint["model"]
         sound = all(ROW.format(**row) and math.isfinite(sum(row["batch_losses"])) for row in rows)
         if not sound or checkpoint["format"] != FORMAT or len(only_weights(weights)) < len(weights):
             raise ValueError
         return {**checkpoint, "rows": rows, "recipe": Recipe(**checkpoint["recipe"])}
-    except Exception as error:  # whatever is not as save_checkpoint() had it
-        raise UserError(f"{path} is damaged, or of another version of this program") from error
 
 
 HEADER = "epoch  train loss       %   val loss       %        lr       s  images/s"
@@ -1093,9 +1072,15 @@ class ResNetTrainer:
         self.optimizer = make_optimizer(self.model, recipe)
         updates = math.ceil(len(loaders[0]) / recipe.accumulate)
         self.scheduler = make_scheduler(self.optimizer, recipe, updates)
+        self.parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        after_update = self.optimizer.register_step_post_hook
+        if recipe.scheduler in PER_UPDATE:
+            after_update(lambda *_: self.scheduler.step())
         if recipe.ema:
             decay = get_ema_multi_avg_fn(recipe.ema)
             self.average = AveragedModel(self.model, multi_avg_fn=decay, use_buffers=True)
+            self.parts["average"] = self.average
+            after_update(lambda *_: self.average.update_parameters(self.model))
         if is_distributed():
             network = DistributedDataParallel(network)
         return torch.compile(network) if recipe.compile else network
@@ -1104,21 +1089,15 @@ class ResNetTrainer:
     def _train_and_validate(self, network: nn.Module, train_loader, val_loader) -> dict:
         epoch, started, recipe = len(self.rows) + 1, time.perf_counter(), self.recipe
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        after_update = [self.scheduler.step] if recipe.scheduler in PER_UPDATE else []
-        if self.average:
-            after_update.append(partial(self.average.update_parameters, self.model))
         title = None if self.quiet else f"{epoch:5}/{recipe.epochs}"
-        options = {"accumulate": recipe.accumulate, "label_smoothing": recipe.label_smoothing}
-        options |= {"after_update": after_update, "title": title}
+        how = (self.device, self.precision, recipe.accumulate, recipe.label_smoothing, title)
         # Order, augmentation and dropout of an epoch depend on seed and epoch alone: a resumed run
         # need not know what was drawn before. Two seeds are a million epochs apart.
         torch.manual_seed(recipe.seed * 1_000_003 + epoch)
         if hasattr(train_loader, "set_epoch"):
             train_loader.set_epoch(epoch)
         try:
-            train = val = train_one_epoch(
-                network, train_loader, self.optimizer, self.device, self.precision, **options
-            )
+            train = val = train_one_epoch(network, train_loader, self.optimizer, *how)
             # Each rank has normalised by its own part of the batches, as DistributedDataParallel
             # has it; the first one's running statistics count.
             for statistic in self.tested.buffers() if is_distributed() else ():
@@ -1139,18 +1118,11 @@ class ResNetTrainer:
         finally:
             if title:
                 show_progress("")
-        return {
-            "epoch": epoch,
-            "train_loss": train["loss"],
-            "train_accuracy": train["accuracy"],
-            "val_loss": val["loss"],
-            "val_accuracy": val["accuracy"],
-            "learning_rate": learning_rate,
-            "seconds": time.perf_counter() - started,
-            "images_per_second": train["images_per_second"],
-            "train_accuracy_after": after,
-            "batch_losses": train["batch_losses"],
-        }
+        row = {"epoch": epoch, "train_loss": train["loss"], "train_accuracy": train["accuracy"]}
+        row |= {"val_loss": val["loss"], "val_accuracy": val["accuracy"]}
+        row |= {"learning_rate": learning_rate, "seconds": time.perf_counter() - started}
+        row |= {"images_per_second": train["images_per_second"], "train_accuracy_after": after}
+        return {**row, "batch_losses": train["batch_losses"]}
 
     def _save(self) -> None:
         """Write best.pt, history.csv, last.pt: a kill between two costs a repeat of the epoch."""
@@ -1166,24 +1138,15 @@ class ResNetTrainer:
             losses = " ".join(f"{loss:.4f}" for loss in row["batch_losses"])
             writer.writerow({**row, "batch_losses": losses})
         write_atomically(self.run_dir / "history.csv", table.getvalue().encode())
-        save_checkpoint(
-            self.run_dir / "last.pt",
-            **common,
-            model=self.model.state_dict(),
-            average=self.average.state_dict() if self.average else {},
-            optimizer=self.optimizer.state_dict(),
-            scheduler=self.scheduler.state_dict(),
-        )
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        save_checkpoint(self.run_dir / "last.pt", **common, **state)
 
     def _restore(self, checkpoint: dict) -> None:
         """Put all back as it was when this last.pt was written."""
-        try:
-            parts = ["model", "optimizer", "scheduler"] + ["average"] * bool(self.average)
-            for name in parts:
-                getattr(self, name).load_state_dict(checkpoint[name])
+        with explaining(f"{self.run_dir}/last.pt is damaged, or of another network"):
+            for name, part in self.parts.items():
+                part.load_state_dict(checkpoint[name])
             self.rows = [dict(row) for row in checkpoint["rows"]]
-        except Exception as error:  # whatever is not as _save() had it
-            raise UserError(f"{self.run_dir}/last.pt is damaged, or of another network") from error
 
     def test(self, test_loader) -> dict:
         """Return what evaluate() does: loss, accuracy, predictions, labels, probabilities."""
@@ -1356,9 +1319,7 @@ def plot_readings(names: list, pictures: list, digits: list, probabilities: Tens
 @torch.no_grad()
 def plot_feature_maps(model: nn.Module, image: Tensor, title: str = ""):
     """Draw an image (1, C, S, S) and the first channels of what each part makes of it."""
-    training = model.training
-    maps = {"input": image, **model.eval().get_feature_maps(image)}
-    model.train(training)
+    maps = {"input": image, **copy.deepcopy(model).eval().get_feature_maps(image)}
     del maps["pooled"]  # a vector
     figure, axes = subplots(len(maps), 10, 10, 1.25 * len(maps), title)
     for row, (name, features) in zip(axes, maps.items(), strict=True):
@@ -1421,19 +1382,16 @@ def open_image(path: str | Path) -> Image.Image:
 
     What is transparent becomes white, or black where the rest is bright. Raises UserError.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                picture = ImageOps.exif_transpose(file)
-                if picture.mode[0] in "IF":  # 16 bits and more, which Pillow would cut off at 255
-                    levels = TF.pil_to_tensor(picture.convert("F")).double().nan_to_num()
-                    levels = (levels - levels.min()) / (levels.max() - levels.min()).clamp(1e-9)
-                    picture = TF.to_pil_image((255 * levels).byte())
-                picture = picture.convert("RGBA")
-    except Exception as error:  # whatever Pillow makes of arbitrary bytes
-        raise UserError(f"{path} cannot be read as an image") from error
+    with explaining(f"{path} cannot be read as an image"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+        if picture.mode[0] in "IF":  # 16 bits and more, which Pillow would cut off at 255
+            levels = TF.pil_to_tensor(picture.convert("F")).double().nan_to_num()
+            levels = (levels - levels.min()) / (levels.max() - levels.min()).clamp(1e-9)
+            picture = TF.to_pil_image((255 * levels).byte())
+        picture = picture.convert("RGBA")
     brightness = ImageStat.Stat(picture.convert("L"), picture.getchannel("A")).mean[0]
     ground = Image.new("RGBA", picture.size, "black" if brightness > 128 else "white")
     picture = Image.alpha_composite(ground, picture).convert("RGB")
@@ -1444,10 +1402,7 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def find_ink(picture: Image.Image) -> Tensor:
-    """Return how much ink there is at each pixel, (H, W) from 0 to 1, whatever its colour.
-
-    All zeros for an empty page, or one of ruled squares.
-    """
+    """Return the ink at each pixel, (H, W) from 0 to 1; all 0 on an empty or squared page."""
     colours = TF.pil_to_tensor(picture).float()  # (3, H, W)
     _, height, width = colours.shape
     if min(height, width) < 3:
@@ -1528,6 +1483,8 @@ def read_kaggle(path: str | Path, labelled: bool) -> tuple[Tensor, Tensor | None
     Raises UserError that names the file, and row and column of what is wrong in it.
     """
     columns = ["label"] * labelled + [f"pixel{number}" for number in range(784)]
+    digits, levels = ({str(value): value for value in range(n)} for n in (10, 256))
+    allowed = [digits] * labelled + [levels] * 784
     csv.field_size_limit(2**30)  # a cell that is too long is to be named too
     table = bytearray()
     try:
@@ -1536,14 +1493,15 @@ def read_kaggle(path: str | Path, labelled: bool) -> tuple[Tensor, Tensor | None
             if next(rows, None) != columns:
                 raise UserError(f"{path}, row 1: the columns are not {', '.join(columns[:3])} ...")
             for cells in filter(None, rows):
-                try:  # bytes() takes nothing but 0 to 255, int() also 1_0 and +1
-                    digits = "".join(cells).replace(" ", "")
-                    row = bytes(map(int, cells)) if digits.isdecimal() else b""
-                except ValueError:
-                    row = b""
-                if len(row) != len(columns) or (labelled and row[0] > 9):
-                    raise UserError(f"{path}, row {rows.line_num}{explain_row(columns, cells)}")
-                table += row
+                where = f"{path}, row {rows.line_num}"
+                if len(cells) != len(columns):
+                    raise UserError(f"{where}: {len(cells)} columns, not {len(columns)}")
+                row = [values.get(cell) for values, cell in zip(allowed, cells, strict=True)]
+                if None in row:
+                    at = row.index(None)
+                    wrong = f"{cells[at][:20]!r} is not from 0 to {len(allowed[at]) - 1}"
+                    raise UserError(f"{where}, column {columns[at]}: {wrong}")
+                table += bytes(row)
     except (OSError, csv.Error) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
     if not table:
@@ -1551,15 +1509,6 @@ def read_kaggle(path: str | Path, labelled: bool) -> tuple[Tensor, Tensor | None
     numbers = torch.frombuffer(table, dtype=torch.uint8).view(-1, len(columns))
     labels = numbers[:, 0].long() if labelled else None
     return numbers[:, -784:].reshape(-1, 28, 28), labels
-
-
-def explain_row(columns: list[str], cells: list[str]) -> str:
-    """Return what is wrong with a row of a CSV."""
-    for name, cell in zip(columns, cells, strict=False):
-        high = 9 if name == "label" else 255
-        if not re.fullmatch(r"\s*\d{1,3}\s*", cell) or int(cell) > high:
-            return f", column {name}: {cell[:20]!r} is not from 0 to {high}"
-    return f": {len(cells)} columns, not {len(columns)}"
 
 
 def write_solution(trainer: ResNetTrainer, images: Tensor, solution: Path) -> None:
@@ -1619,10 +1568,7 @@ def simple_cnn(num_classes: int = 10, input_channels: int = 1) -> nn.Sequential:
 
 
 def build_model(recipe: Recipe) -> nn.Module:
-    """Return the recipe's network with fresh weights: a ResNet, a small one, or torchvision's.
-
-    Raises UserError for one that is not there or cannot take images of the recipe's size.
-    """
+    """Return the recipe's network with fresh weights; UserError if there is none for its input."""
     name, (channels, size) = recipe.model, INPUTS[recipe.input]
     if name in MODELS:
         stem = "cifar" if recipe.input == "rgb32" else "imagenet"
@@ -1640,19 +1586,14 @@ def build_model(recipe: Recipe) -> nn.Module:
     model = models.get_model(name, num_classes=10, **options)
     conv = first_conv(model)[1]
     conv.in_channels, conv.weight = channels, nn.Parameter(adapt_channels(conv.weight, channels))
-    try:
-        with torch.no_grad():
-            copy.deepcopy(model).eval()(torch.zeros(1, channels, size, size))
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"{name} cannot take {size}×{size} pixels; try rgb32 or rgb224") from error
+    why = f"{name} cannot take {size}×{size} pixels; try rgb32 or rgb224"
+    with torch.no_grad(), explaining(why, (RuntimeError, AssertionError)):
+        copy.deepcopy(model).eval()(torch.zeros(1, channels, size, size))
     return model
 
 
 def adapt_channels(weight: Tensor, channels: int) -> Tensor:
-    """Return the filters (K, C, h, w) of a first convolution for so many equal channels.
-
-    An image whose channels are all the same gets the same answer as before.
-    """
+    """Adapt filters (K, C, h, w) to so many channels: a gray image gets the answer as before."""
     if weight.shape[1] == channels:
         return weight.detach()
     return weight.detach().sum(dim=1, keepdim=True).repeat(1, channels, 1, 1) / channels
@@ -1706,12 +1647,10 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
 
 def freeze(model: nn.Module, parts: Sequence[str], fresh: list[str]) -> None:
     """Freeze the named parts. Raises UserError for one that is not there, or is left fresh."""
+    known = ", ".join(name for name, _ in model.named_children())
     for name in parts:
-        try:
+        with explaining(f"there is no part {name!r} to freeze; there is {known}", AttributeError):
             model.get_submodule(name).requires_grad_(False)
-        except AttributeError as error:
-            known = ", ".join(name for name, _ in model.named_children())
-            raise UserError(f"there is no part {name!r} to freeze; there is {known}") from error
         if any(key.startswith(f"{name}.") for key in fresh):
             raise UserError(f"{name} got no weights: frozen, it would stay random")
     if not any(p.requires_grad for p in model.parameters()):
@@ -1738,10 +1677,8 @@ def load_run(run: str | None, device: str | None) -> tuple[ResNetTrainer, dict, 
     path = find_checkpoint(run, "best.pt")
     checkpoint = load_checkpoint(path)
     recipe, model = checkpoint["recipe"], build_model(checkpoint["recipe"])
-    try:
+    with explaining(f"{path} holds the weights of another network", (TypeError, RuntimeError)):
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, RuntimeError) as error:
-        raise UserError(f"{path} holds the weights of another network") from error
     return ResNetTrainer(model, device, recipe), checkpoint, path
 
 
@@ -1867,10 +1804,9 @@ def command_train(args: argparse.Namespace, given: dict) -> None:
 def finish_run(trainer: ResNetTrainer, data: MNISTDataLoader, history: dict) -> None:
     """Test a trained network; write its report, pictures and, of Kaggle's files, the solution."""
     recipe, run_dir = trainer.recipe, trainer.run_dir
-    results = trainer.test(data.test.to(trainer.device, *rank_and_ranks()))
-    if not run_dir:  # of several processes, the first one writes
+    if not run_dir:  # of several processes, the first one tests and writes
         return
-    data.test.to(trainer.device)  # all of it, for the pictures
+    results = trainer.test(data.test.to(trainer.device))
     rows = load_checkpoint(run_dir / "best.pt")["rows"]
     report = make_report(recipe, rows, results)
     write_atomically(run_dir / "report.txt", report.encode())
@@ -1998,8 +1934,7 @@ def main(arguments: list[str] | None = None) -> int:
         show = getattr(args, "show", False)
         if not show and "IPython" not in sys.modules:
             os.environ["MPLBACKEND"] = "agg"  # there may be no screen
-        names = {setting.name for setting in fields(Recipe)}
-        given = {name: value for name, value in vars(args).items() if name in names}
+        given = {s.name: getattr(args, s.name) for s in fields(Recipe) if hasattr(args, s.name)}
         COMMANDS[command](args, given)
         if show:
             import matplotlib.pyplot as plt
