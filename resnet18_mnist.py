@@ -900,7 +900,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, updates_per_epoch: int):
-    """Return the recipe's scheduler: those in PER_UPDATE step after each update, others epoch."""
+    """Return the recipe's scheduler; those in PER_UPDATE step at each update, others each epoch."""
     kinds, updates = torch.optim.lr_scheduler, recipe.epochs * updates_per_epoch
     if recipe.scheduler == "plateau":
         options = {"factor": recipe.lr_factor, "patience": recipe.lr_patience, "threshold": 0}
@@ -968,6 +968,7 @@ def load_checkpoint(path: str | Path) -> dict:
     checkpoint = read_tensors(path)
     with explaining(f"{path} is damaged, or of another version of this program"):
         rows, weights = [*checkpoint["rows"]], checkpoint["model"]
+        # What cannot be printed is damaged.
         sound = all(ROW.format(**row) and math.isfinite(sum(row["batch_losses"])) for row in rows)
         if not sound or checkpoint["format"] != FORMAT or len(only_weights(weights)) < len(weights):
             raise ValueError
