@@ -1224,7 +1224,7 @@ def plot_curves(history: dict[str, list], title: str = ""):
         axis.set(xlabel="epoch", ylabel=f"{name} ({unit})")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-        axis.legend()
+    axes[0, 0].legend()
     use_log_scale(axes[0, 0], "y")
     return figure
 
