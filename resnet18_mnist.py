@@ -713,6 +713,7 @@ class Recipe:
     lr_step: int = option(5, "step: epochs from one to the next", low=1)
     ema: float = option(0.0, "decay of a running mean of the weights; 0: no mean", low=0, high=1)
     patience: int = option(5, "bad epochs, without a lower loss, that end the run", low=1)
+    tta: bool = option(False, "test an image and its shifts by a pixel, and take the mean")
     test_train: bool = option(False, "after each epoch, test on the training images too")
     seed: int = option(0, "fixes split, initial weights, order and augmentation", low=0)
     precision: str = option("auto", "auto: bf16 where that is fast", ("auto", "fp32", "bf16"))
@@ -843,15 +844,34 @@ def show_progress(line: str) -> None:
         print(line, flush=True)
 
 
+def average_shifts(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the mean log-probabilities of each image and its eight shifts by a pixel.
+
+    A stride looks at every second place only, so a pixel to the side the network sees another
+    image: nine looks make fewer mistakes than one, and take nine times as long.
+    """
+    height, width = images.shape[2:]
+    wide = F.pad(images, (1, 1, 1, 1), mode="replicate")
+    views = [wide[:, :, y : y + height, x : x + width] for y in range(3) for x in range(3)]
+    return torch.stack([model(view).float().log_softmax(dim=1) for view in views]).mean(dim=0)
+
+
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader, device: torch.device | str = "cpu", precision: str = "fp32"
+    model: nn.Module,
+    loader,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    tta: bool = False,
 ) -> dict:
-    """Return loss (nats), accuracy (%), predictions (N,), labels (N,), probabilities (N, 10)."""
-    training = model.training
+    """Return loss (nats), accuracy (%), predictions (N,), labels (N,), probabilities (N, 10).
+
+    ``tta`` is test-time augmentation: the answer to an image is average_shifts().
+    """
+    training, answer = model.training, partial(average_shifts, model) if tta else model
     model.eval()
     with autocast(device, precision):
-        outputs = [(model(images.to(device)), labels) for images, labels in loader]
+        outputs = [(answer(images.to(device)), labels) for images, labels in loader]
     model.train(training)
     outputs = [(logits.float().cpu(), labels.cpu()) for logits, labels in outputs]
     ranks = gather(outputs) if getattr(loader, "ranks", 1) > 1 else [outputs]
@@ -1089,7 +1109,8 @@ class ResNetTrainer:
         epoch, started, recipe = len(self.rows) + 1, time.perf_counter(), self.recipe
         learning_rate = self.optimizer.param_groups[0]["lr"]
         title = None if self.quiet else f"{epoch:5}/{recipe.epochs}"
-        how = (self.device, self.precision, recipe.accumulate, recipe.label_smoothing, title)
+        where = self.device, self.precision
+        how = (*where, recipe.accumulate, recipe.label_smoothing, title)
         # Order, augmentation and dropout of an epoch depend on seed and epoch alone: a resumed run
         # need not know what was drawn before. Two seeds are a million epochs apart.
         torch.manual_seed(recipe.seed * 1_000_003 + epoch)
@@ -1102,13 +1123,13 @@ class ResNetTrainer:
             for statistic in self.tested.buffers() if is_distributed() else ():
                 dist.broadcast(statistic, 0)
             if val_loader is not None:
-                val = self.test(val_loader)
+                val = evaluate(self.tested, val_loader, *where)
             after = None
             if recipe.test_train:
                 as_they_are = copy.copy(train_loader)
                 if isinstance(as_they_are, Batches):
                     as_they_are.augment, as_they_are.shuffle = None, False
-                after = self.test(as_they_are)["accuracy"]
+                after = evaluate(self.tested, as_they_are, *where)["accuracy"]
             if not math.isfinite(val["loss"]):
                 raise FloatingPointError(f"the validation loss became {val['loss']}")
         except FloatingPointError as error:
@@ -1149,7 +1170,8 @@ class ResNetTrainer:
 
     def test(self, test_loader) -> dict:
         """Return what evaluate() does: loss, accuracy, predictions, labels, probabilities."""
-        return evaluate(self.tested, test_loader, self.device, self.precision)
+        how = self.device, self.precision, self.recipe.tta
+        return evaluate(self.tested, test_loader, *how)
 
 
 def train_model(model: nn.Module, train_loader, val_loader=None, device=None, **options) -> dict:
@@ -1671,14 +1693,16 @@ def find_checkpoint(given: str | None, name: str) -> Path:
     return found[-1]
 
 
-def load_run(run: str | None, device: str | None) -> tuple[ResNetTrainer, dict, Path]:
+def load_run(
+    run: str | None, device: str | None, changes: dict
+) -> tuple[ResNetTrainer, dict, Path]:
     """Return the network of a run, ready to test, with its checkpoint and the path of that."""
     path = find_checkpoint(run, "best.pt")
     checkpoint = load_checkpoint(path)
     recipe, model = checkpoint["recipe"], build_model(checkpoint["recipe"])
     with explaining(f"{path} holds the weights of another network", (TypeError, RuntimeError)):
         model.load_state_dict(checkpoint["model"])
-    return ResNetTrainer(model, device, recipe), checkpoint, path
+    return ResNetTrainer(model, device, replace(recipe, **changes)), checkpoint, path
 
 
 def claim_run_dir(output_dir: str | None, name: str) -> Path:
@@ -1716,7 +1740,8 @@ def make_report(recipe: Recipe, rows: list[dict], results: dict) -> str:
     """Return how a network, trained for these epochs, does on the test set: text of 80 columns."""
     labels, correct = results["labels"], results["predictions"] == results["labels"]
     tested = "validation" if recipe.dataset == "kaggle" else "test"  # its test has no labels
-    report = f"{recipe.model}, {recipe.input}, dataset {recipe.dataset}, seed {recipe.seed}\n"
+    report = f"{recipe.model}, {recipe.input}, dataset {recipe.dataset}, seed {recipe.seed}"
+    report += f"{', tta' * recipe.tta}\n"
     for row in rows[-1:]:
         part = "validation set" if recipe.select_on == "val" else "TEST SET, which is optimistic"
         report += f"epoch {row['epoch']}, selected on the {part}: "
@@ -1823,7 +1848,7 @@ def command_evaluate(args: argparse.Namespace, given: dict) -> None:
     table = [("model", "input", "parameters", "MFLOPs", "s/epoch", "accuracy", "run")]
     curves = {}
     for run in args.runs or [None]:
-        trainer, checkpoint, path = load_run(run, args.device)
+        trainer, checkpoint, path = load_run(run, args.device, given)
         recipe, last = trainer.recipe, path.with_name("last.pt")
         rows = load_checkpoint(last)["rows"] if last.exists() else checkpoint["rows"]
         data = load_data(recipe, args.data_dir)
@@ -1834,7 +1859,7 @@ def command_evaluate(args: argparse.Namespace, given: dict) -> None:
         seconds = statistics.median(row["seconds"] for row in rows) if rows else math.nan
         parameters, flops = (sum(layer[i] for layer in layers) for i in (2, 3))
         counts = f"{parameters:,}", f"{flops / 1e6:,.1f}", f"{seconds:.1f}"
-        name = f"{recipe.model}{', plain' * recipe.plain}"
+        name = f"{recipe.model}{', plain' * recipe.plain}{', tta' * recipe.tta}"
         table += [(name, recipe.input, *counts, f"{results['accuracy']:.2f} %", path)]
         if len(args.runs) < 2:
             return
@@ -1854,7 +1879,7 @@ def command_predict(args: argparse.Namespace, given: dict) -> None:
     """Read digits from image files, or from Kaggle's test.csv: label and probability of each."""
     if bool(args.images) == bool(args.kaggle):
         raise UserError("predict takes image files, or --kaggle and a test.csv")
-    trainer, _, path = load_run(args.checkpoint, args.device)
+    trainer, _, path = load_run(args.checkpoint, args.device, given)
     if args.kaggle:
         images, _ = read_kaggle(args.kaggle, labelled=False)
         return write_solution(trainer, images, path.with_name("solution.csv"))
@@ -1909,6 +1934,9 @@ def make_parser(command: str) -> argparse.ArgumentParser:
         add("images", nargs="*", metavar="IMAGE", help="file of an image of one digit")
         add("--kaggle", metavar="FILE", help="a test.csv, to make a solution.csv of")
         add("--checkpoint", help="a file, or the folder of a run (default: the newest)")
+    if command in ("evaluate", "predict"):
+        tta = {"action": argparse.BooleanOptionalAction, "default": argparse.SUPPRESS}
+        add("--tta", **tta, help="mean of an image and its shifts (default: as the run has it)")
     if command in ("train", "evaluate"):
         add("--data-dir", default="data", metavar="DIR", help="where MNIST is (default: data)")
     if command in ("train", "predict"):

@@ -767,6 +767,29 @@ def test_batch_norms_are_frozen_with_their_parameters(norm):
     assert bool((norm.running_mean == 0).all()) == norm.affine
 
 
+def test_tta_is_the_mean_over_nine_shifts_and_leaves_training_alone(tmp_path):
+    model, loader = LinearModel(), digits_loader(96)
+    images, labels = next(iter(loader))
+    height, width = images.shape[2:]
+    total = torch.zeros(len(images), 10)
+    for down in (-1, 0, 1):
+        for right in (-1, 0, 1):
+            rows = (torch.arange(height) + down).clamp(0, height - 1)
+            columns = (torch.arange(width) + right).clamp(0, width - 1)
+            total += model(images[:, :, rows][..., columns]).log_softmax(dim=1)
+    once, nine = (rm.evaluate(model, [(images, labels)], tta=tta) for tta in (False, True))
+    assert torch.allclose(nine["probabilities"], (total / 9).softmax(dim=1), atol=1e-6)
+    assert not torch.allclose(nine["probabilities"], once["probabilities"], atol=1e-3)
+    histories = []
+    for tta in (False, True):
+        torch.manual_seed(0)
+        trainer = rm.ResNetTrainer(LinearModel(), "cpu", rm.Recipe(tta=tta, epochs=2), quiet=True)
+        histories.append(trainer.train(loader, loader))
+    losses = [history["val_loss"] for history in histories]
+    assert losses[0] == losses[1]  # the epoch is chosen without
+    assert trainer.test(loader)["loss"] != losses[1][-1]
+
+
 def test_run_dir_may_be_a_string_and_is_made(tmp_path):
     loader, folder = digits_loader(), tmp_path / "not" / "yet"
     rm.ResNetTrainer(LinearModel(), "cpu", None, str(folder), True).train(loader, epochs=1)
@@ -1320,6 +1343,10 @@ def test_evaluate_repeats_the_report(trained, capsys):
     for named in (folder, folder / "best.pt"):
         assert rm.main(["evaluate", str(named)]) == 0
         assert (folder / "report.txt").read_text().strip() in capsys.readouterr().out
+    assert rm.main(["evaluate", str(folder), "--tta"]) == 0
+    averaged = capsys.readouterr().out
+    assert "seed 0, tta\n" in averaged
+    assert (folder / "report.txt").read_text().splitlines()[2] not in averaged  # another loss
 
 
 def draw_seven(path, mode="L", paper=255, ink=0):
