@@ -345,7 +345,8 @@ def visualize_model_architecture(model: nn.Module, image_size: int | None = None
 # into them, made float, augmented and normalised as a whole. With no Python per image and no
 # worker process, making a batch takes little next to training on it.
 
-INPUTS = {"gray28": (1, 28), "rgb32": (3, 32), "rgb224": (3, 224)}  # channels, pixels a side
+# Channels, and pixels a side.
+INPUTS = {"gray28": (1, 28), "gray56": (1, 56), "rgb32": (3, 32), "rgb224": (3, 224)}
 # Mean and deviation of pixels scaled to 0–1: of MNIST's 60,000 training images, and of the 42,000
 # in Kaggle's train.csv.
 STATISTICS = {"mnist": (0.1307, 0.3081), "kaggle": (0.1310, 0.3085), "none": (0.0, 1.0)}
@@ -684,8 +685,8 @@ class Recipe:
     """All that decides the numbers of a run. Each field is a flag of the command line."""
 
     model: str = option("resnet18", "network: resnet18, 34, 50, 101, 152, lenet5, simple_cnn, ...")
-    input: str = option("gray28", "1×28×28, 3×32×32 or 3×224×224 pixels", tuple(INPUTS))
-    stem: str = option("auto", "auto: imagenet for gray28 and rgb224", ("auto", *STEMS))
+    input: str = option("gray28", "gray or RGB, and the side that images are resized to", tuple(INPUTS))
+    stem: str = option("auto", "auto: cifar for rgb32, else imagenet", ("auto", *STEMS))
     plain: bool = option(False, "the same layers without shortcuts, to see what these do")
     weights: str | None = option(None, "start from: imagenet, or a file", type=str, metavar="FILE")
     freeze: Sequence[str] = option((), "what stays as it is: conv1 bn1 ...", type=str, nargs="+")
