@@ -685,7 +685,7 @@ class Recipe:
     """All that decides the numbers of a run. Each field is a flag of the command line."""
 
     model: str = option("resnet18", "network: resnet18, 34, 50, 101, 152, lenet5, simple_cnn, ...")
-    input: str = option("gray28", "gray or RGB, and the side that images are resized to", tuple(INPUTS))
+    input: str = option("gray28", "gray or RGB, and pixels a side, as resized", tuple(INPUTS))
     stem: str = option("auto", "auto: cifar for rgb32, else imagenet", ("auto", *STEMS))
     plain: bool = option(False, "the same layers without shortcuts, to see what these do")
     weights: str | None = option(None, "start from: imagenet, or a file", type=str, metavar="FILE")
@@ -752,6 +752,9 @@ RECIPES = {
                         lr_step=7, lr_factor=0.1, patience=99),
     "fast":      Recipe(rotate=6.0, shift=0.05, stretch=0.06, epochs=6, batch_size=256,
                         optimizer="nesterov", lr=0.2, scheduler="onecycle", ema=0.99, patience=99),
+    "best":      Recipe(input="gray56", rotate=12.0, shift=0.08, stretch=0.12, elastic=0.06,
+                        optimizer="nesterov", lr=0.1, scheduler="onecycle", ema=0.998, tta=True,
+                        patience=99),
 }
 # fmt: on
 
