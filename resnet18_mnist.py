@@ -1253,11 +1253,13 @@ def plot_curves(history: dict[str, list], title: str = ""):
     return figure
 
 
-def use_log_scale(axis, name: str, form="{x:g}") -> None:
+def use_log_scale(axis, name: str, form="{x:,g}") -> None:
     """Give the x or y axis a logarithmic scale with plain numbers, also within a decade."""
     axis.set(**{f"{name}scale": "log"})
     scale = getattr(axis, f"{name}axis")
-    scale.get_major_locator().set_params(subs=(1, 1.5, 2, 3, 5, 7))
+    low, high = scale.get_view_interval()
+    ticks = (1, 3) if high > 20 * low else (1, 1.5, 2, 3, 5, 7)  # in each decade
+    scale.get_major_locator().set_params(subs=ticks)
     scale.set_major_formatter(form)
     axis.minorticks_off()
 
@@ -1275,7 +1277,10 @@ def plot_comparison(runs: dict[str, tuple[list[dict], list[float]]]):
     for place, (name, (rows, norms)) in enumerate(runs.items()):
         look = {"color": PALETTE[place % 7], "marker": "osD^vP*"[place % 7], "ms": 4, "label": name}
         seconds = list(itertools.accumulate(row["seconds"] for row in rows))
-        axes[0].plot(seconds, [100 - row["val_accuracy"] for row in rows], **look)
+        errors = [100 - row["val_accuracy"] for row in rows]
+        # First epochs may be so far off that the others would be hard to tell apart.
+        shown = [e if e <= max(1, 10 * errors[-1]) else math.nan for e in errors]
+        axes[0].plot(seconds, shown, **look)
         axes[1].plot(range(1, len(rows) + 1), [row["train_loss"] for row in rows], **look)
         axes[2].plot(range(1, len(norms) + 1), norms, **look)
     axes[0].set(xlabel="time of training and validation (s)", ylabel="validation accuracy (%)")
@@ -1289,7 +1294,8 @@ def plot_comparison(runs: dict[str, tuple[list[dict], list[float]]]):
     axes[0].invert_yaxis()  # few errors are high accuracy
     for axis in axes:
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    handles = axes[1].get_lines()
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(runs)), fontsize=8)
     return figure
 
 

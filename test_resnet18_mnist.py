@@ -9,6 +9,7 @@ import errno
 import functools
 import gzip
 import io
+import itertools
 import math
 import multiprocessing
 import os
@@ -1753,6 +1754,23 @@ def test_gradient_norms_are_those_of_the_layers_in_their_order():
     layers = [part for part in model.modules() if isinstance(part, (nn.Conv2d, nn.Linear))]
     assert norms == [part.weight.grad.norm().item() for part in layers]
     assert len(rm.gradient_norms(rm.resnet18(), images, labels)) == len(norms) == 18
+
+
+@pytest.mark.parametrize("factor", [1.2, 5, 15, 30, 300])
+def test_numbers_along_the_axes_of_a_comparison_do_not_overlap(factor):
+    runs = {}
+    for name, by in (("a", 1), ("b", factor)):
+        row = {"seconds": 60.0 * by, "val_accuracy": 100 - 50 / by, "train_loss": 0.5 / by}
+        runs[name] = [row], [1.0, by]
+    figure = rm.plot_comparison(runs)
+    figure.canvas.draw()
+    axis = figure.axes[0]
+    for scale, side in ((axis.xaxis, "intervalx"), (axis.yaxis, "intervaly")):
+        low, high = sorted(scale.get_view_interval())
+        ticks = [tick for tick in scale.get_major_ticks() if low <= tick.get_loc() <= high]
+        spans = sorted(tuple(getattr(t.label1.get_window_extent(), side)) for t in ticks)
+        assert len(spans) > 1
+        assert all(one[1] < other[0] for one, other in itertools.pairwise(spans))
 
 
 def test_runs_are_compared_in_a_table_and_a_picture(tmp_path, capsys, no_pictures):
