@@ -818,7 +818,8 @@ def train_one_epoch(
         if (step + 1) % 100 == 0 or (title and sys.stdout.isatty() and now - shown > 0.2):
             shown, loss_so_far = now, check_finite(losses).mean()
             if title:
-                speed, left = sum(sizes) / (now - started), len(loader) / (step + 1) - 1
+                seen = sum(sizes) * rank_and_ranks()[1]  # each rank has as many
+                speed, left = seen / (now - started), len(loader) / (step + 1) - 1
                 line = f"{title}  batch {step + 1}/{len(loader)}  loss {loss_so_far:.4f}  "
                 show_progress(f"{line}{speed:,.0f} images/s  {left * (now - started):.0f} s left")
     counts = torch.tensor(sizes)  # (steps,), as are the others

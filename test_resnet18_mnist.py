@@ -1668,6 +1668,16 @@ def test_ctrl_c_prints_the_command_that_resumes(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no pseudo-terminals")
+def test_progress_counts_the_images_of_all_processes(monkeypatch, capsys):
+    monkeypatch.setattr(rm, "rank_and_ranks", lambda: (0, 2))
+    model = LinearModel()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loader = [(torch.zeros(8, 1, 28, 28), torch.arange(8))] * 100
+    epoch = rm.train_one_epoch(model, loader, optimizer, title="1/1")
+    shown = re.search(r"batch 100/100 .* ([\d,]+) images/s", capsys.readouterr().out)[1]
+    assert int(shown.replace(",", "")) == pytest.approx(epoch["images_per_second"], rel=0.3)
+
+
 def test_progress_is_live_on_a_terminal(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
