@@ -345,7 +345,7 @@ def visualize_model_architecture(model: nn.Module, image_size: int | None = None
 # into them, made float, augmented and normalised as a whole. With no Python per image and no
 # worker process, making a batch takes little next to training on it.
 
-# Channels, and pixels a side.
+# Channels, and pixels a side. Of 56 pixels the 7×7 stem leaves 14 a side, of 28 only 7.
 INPUTS = {"gray28": (1, 28), "gray56": (1, 56), "rgb32": (3, 32), "rgb224": (3, 224)}
 # Mean and deviation of pixels scaled to 0–1: of MNIST's 60,000 training images, and of the 42,000
 # in Kaggle's train.csv.
@@ -852,8 +852,8 @@ def show_progress(line: str) -> None:
 def average_shifts(model: nn.Module, images: Tensor) -> Tensor:
     """Return the mean log-probabilities of each image and its eight shifts by a pixel.
 
-    A stride looks at every second place only, so a pixel to the side the network sees another
-    image: nine looks make fewer mistakes than one, and take nine times as long.
+    A stride keeps every second place only, so a pixel to the side the network sees another image.
+    Nine looks take nine times as long.
     """
     height, width = images.shape[2:]
     wide = F.pad(images, (1, 1, 1, 1), mode="replicate")
@@ -1128,7 +1128,7 @@ class ResNetTrainer:
             for statistic in self.tested.buffers() if is_distributed() else ():
                 dist.broadcast(statistic, 0)
             if val_loader is not None:
-                val = evaluate(self.tested, val_loader, *where)
+                val = evaluate(self.tested, val_loader, *where)  # without tta, which takes long
             after = None
             if recipe.test_train:
                 as_they_are = copy.copy(train_loader)
@@ -1751,8 +1751,8 @@ def make_report(recipe: Recipe, rows: list[dict], results: dict) -> str:
     """Return how a network, trained for these epochs, does on the test set: text of 80 columns."""
     labels, correct = results["labels"], results["predictions"] == results["labels"]
     tested = "validation" if recipe.dataset == "kaggle" else "test"  # its test has no labels
-    report = f"{recipe.model}, {recipe.input}, dataset {recipe.dataset}, seed {recipe.seed}"
-    report += f"{', tta' * recipe.tta}\n"
+    how = f"seed {recipe.seed}{', tta' * recipe.tta}"
+    report = f"{recipe.model}, {recipe.input}, dataset {recipe.dataset}, {how}\n"
     for row in rows[-1:]:
         part = "validation set" if recipe.select_on == "val" else "TEST SET, which is optimistic"
         report += f"epoch {row['epoch']}, selected on the {part}: "
