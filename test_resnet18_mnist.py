@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import platform
 import random
 import re
 import runpy
@@ -2200,6 +2201,26 @@ def test_in_a_notebook_nothing_starts_by_itself(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def count_page_faults(pipe) -> None:
+    """Tell how many pages twenty large tensors, one after the other, fetch from the system."""
+    import resource
+
+    rm.keep_freed_memory()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(2**24)
+    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+def test_freed_memory_is_kept_for_the_next_step():
+    pipe, end = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=count_page_faults, args=(end,))
+    process.start()
+    assert pipe.recv() < 4 * 16_384  # one has 64 MiB, so 16,384 pages of 4 KiB
+    process.join()
+
+
 # What a step costs: `python test_resnet18_mnist.py`
 
 
@@ -2231,50 +2252,48 @@ def everybodys_loop(name: str, augment: bool, data_dir: Path, device):
     return loop
 
 
-def contestants(name: str, augment: bool, data_dir: Path, device) -> dict:
-    """Return three loops over the same number of batches of 128: floor, ours, everybody's."""
+def contestant(which: str, name: str, augment: bool, data_dir: Path, device):
+    """Return one of three loops over the same number of batches of 128, as a function."""
+    if which == "everybody":
+        return everybodys_loop(name, augment, data_dir, device)
+    rm.keep_freed_memory()  # as the command line does
     digits = rm.read_mnist(data_dir)
     how = {"augment": rm.Distortion(10, 0.1)} if augment else {}
     batches = rm.Batches(digits.train_images, digits.train_labels, 128, name, shuffle=True, **how)
     batches.to(device)
     images, labels = (part.contiguous() for part in next(iter(batches)))
+    trainer = rm.ResNetTrainer(rm.build_model(rm.Recipe(input=name)), device)
+    model, precision = trainer.model, trainer.precision
+    optimizer = rm.make_optimizer(model, rm.Recipe())
 
-    def start():
-        trainer = rm.ResNetTrainer(rm.build_model(rm.Recipe(input=name)), device)
-        optimizer = rm.make_optimizer(trainer.model, rm.Recipe())
-        return trainer, optimizer
-
-    def floor(trainer, optimizer):
-        trainer.model.train()
+    def floor():
+        model.train()
         for _ in range(len(batches)):
-            with rm.autocast(device, trainer.precision):
-                loss = F.cross_entropy(trainer.model(images), labels)
+            with rm.autocast(device, precision):
+                loss = F.cross_entropy(model(images), labels)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         loss.item()  # waits for a GPU
 
-    def ours(trainer, optimizer):
-        rm.train_one_epoch(trainer.model, batches, optimizer, device, trainer.precision)
-
-    return {
-        "floor": functools.partial(floor, *start()),
-        "ours": functools.partial(ours, *start()),
-        "everybody": everybodys_loop(name, augment, data_dir, device),
-    }
+    ours = functools.partial(rm.train_one_epoch, model, batches, optimizer, device, precision)
+    return {"floor": floor, "ours": ours}[which]
 
 
-def peak_memory(which: str, name: str, data_dir: Path, device, answer) -> None:
-    """Tell the most memory that one contestant takes, workers not counted, in GB."""
-    loop = contestants(name, False, data_dir, device)[which]
-    loop()
+def compete(pipe, device, *contest) -> None:
+    """In a process of its own, time a contestant as often as asked; then tell its peak memory."""
+    loop = contestant(*contest, device)
+    while pipe.recv():
+        started = time.perf_counter()
+        loop()
+        pipe.send(time.perf_counter() - started)
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     else:
         import resource
 
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    answer.put(peak / 1e9)
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # without its workers
+    pipe.send(peak / 1e9)
 
 
 def compare_steps(device, rounds: int = 8) -> None:
@@ -2316,13 +2335,15 @@ def compare_steps(device, rounds: int = 8) -> None:
         print(f"{name:18}{median(own):9.0f}  {ratio:.3f}")
 
 
-def benchmark(rounds: int = 3) -> None:
+def benchmark(rounds: int = 5) -> None:
     """Time a step of the bare floor, of our loop and of everybody's, in turn."""
     device = rm.pick_device()
+    rm.keep_freed_memory()
     print(f"{rm.describe_device(device)}, torch {torch.__version__}; medians of {rounds} rounds")
     print("floor: forward, backward and update on one fixed batch; 128 images a step")
     print(
         "input   augment   floor ms   ours ms  everybody ms  ours/floor            everybody/ours"
+        "         GB ours, everybody"
     )
     for name, steps in (("gray28", 24), ("rgb32", 4)):
         with tempfile.TemporaryDirectory() as folder:
@@ -2332,31 +2353,27 @@ def benchmark(rounds: int = 3) -> None:
                 kind = "images-idx3" if part.dim() == 3 else "labels-idx1"
                 write_idx(raw / f"{file}-{kind}-ubyte", part)
             for augment in (False, True):
-                loops = contestants(name, augment, Path(folder), device)
-                times = {which: [] for which in loops}
+                pipes, times, peaks = {}, {}, []
+                for which in ("floor", "ours", "everybody"):
+                    pipes[which], end = PROCESSES.Pipe()
+                    task = (end, device, which, name, augment, Path(folder))
+                    PROCESSES.Process(target=compete, args=task).start()
+                    times[which] = []
                 for _ in range(rounds + 1):  # the first warms up
-                    for which, loop in loops.items():
-                        started = time.perf_counter()
-                        loop()
-                        times[which].append(1000 * (time.perf_counter() - started) / steps)
-                floor, ours, theirs = (times[which][1:] for which in loops)
+                    for which, pipe in pipes.items():
+                        pipe.send(True)
+                        times[which].append(1000 * pipe.recv() / steps)
+                for pipe in pipes.values():
+                    pipe.send(False)
+                    peaks.append(pipe.recv())
+                floor, ours, theirs = (own[1:] for own in times.values())
                 line = f"{name:8}{augment!s:7}{median(floor):11.1f}{median(ours):10.1f}"
                 line += f"{median(theirs):14.1f}"
                 for above, below in ((ours, floor), (theirs, ours)):
                     ratios = [a / b for a, b in zip(above, below, strict=True)]
                     line += f"  {median(ratios):5.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-                print(line, flush=True)
-            peaks = []
-            for which in loops:
-                answer = PROCESSES.Queue()
-                task = (which, name, Path(folder), device, answer)
-                process = PROCESSES.Process(target=peak_memory, args=task)
-                process.start()
-                peaks.append(f"{which} {answer.get():.2f}")
-                process.join()
-            print(f"{name}, peak memory in GB: {', '.join(peaks)}", flush=True)
+                print(f"{line}  {peaks[1]:.2f} {peaks[2]:.2f}", flush=True)
         model = rm.build_model(rm.Recipe(input=name)).to(device, memory_format=torch.channels_last)
-        del loops  # and the workers of one
         count = 250 * steps
         test = rm.Batches(torch.zeros(count, 28, 28).byte(), torch.zeros(count).long(), 250, name)
         precision = rm.pick_precision("auto", device)
