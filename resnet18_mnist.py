@@ -611,8 +611,8 @@ def autocast(device: torch.device | str, precision: str) -> torch.autocast:
 def keep_freed_memory() -> None:
     """Let the C library keep what was freed for the next step, where it is glibc.
 
-    It gives large blocks back to the system; fetching them anew, page by page, adds about a tenth
-    to a step on 32×32 maps.
+    It gives large blocks back to the system; fetching them anew, page by page, adds an eighth to
+    a step on 32×32 maps (README, Speed).
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
