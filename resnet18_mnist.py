@@ -765,9 +765,8 @@ RECIPES = {
                         lr_step=7, lr_factor=0.1, patience=99),
     "fast":      Recipe(rotate=6.0, shift=0.05, stretch=0.06, epochs=6, batch_size=256,
                         optimizer="nesterov", lr=0.2, scheduler="onecycle", ema=0.99, patience=99),
-    "best":      Recipe(input="gray56", rotate=12.0, shift=0.08, stretch=0.12, elastic=0.06,
-                        optimizer="nesterov", lr=0.1, scheduler="onecycle", ema=0.998, tta=True,
-                        patience=99),
+    "best":      Recipe(input="gray56", stretch=0.1, elastic=0.03, optimizer="nesterov", lr=0.1,
+                        scheduler="onecycle", tta=True, patience=99),
 }
 # fmt: on
 
