@@ -2347,7 +2347,7 @@ def benchmark(rounds: int = 5) -> None:
     print("floor: forward, backward and update on one fixed batch; 128 images a step")
     print("milliseconds a step, ratios (with their range), gigabytes of ours and of everybody's")
     print(
-        "input   augment   floor     ours  everybody  ours/floor            everybody/ours        "
+        "input   augment  floor     ours  everybody  ours/floor            everybody/ours        "
         "fetching/floor          GB    GB"
     )
     for name, steps in (("gray28", 24), ("rgb32", 4)):
@@ -2372,7 +2372,7 @@ def benchmark(rounds: int = 5) -> None:
                     pipe.send(False)
                     peaks.append(pipe.recv())
                 floor, ours, theirs, fetching = (own[1:] for own in times.values())
-                line = f"{name:8}{augment!s:7}{median(floor):8.1f}{median(ours):9.1f}"
+                line = f"{name:8}{augment!s:7}{median(floor):7.1f}{median(ours):9.1f}"
                 line += f"{median(theirs):11.1f}"
                 for above, below in ((ours, floor), (theirs, ours), (fetching, floor)):
                     ratios = [a / b for a, b in zip(above, below, strict=True)]
