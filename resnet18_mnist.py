@@ -9,8 +9,8 @@
     python resnet18_mnist.py predict digit.png  read a digit from an image file
     python resnet18_mnist.py describe           each layer's shape, parameters and FLOPs
 
-Measured on 10,000 test images, three seeds each: 99.43 ± 0.06 % after ten epochs; 99.56 ± 0.02 %
-after six with --recipe fast, which takes four minutes on two CPU cores.
+Measured on 10,000 test images, three seeds each: 99.43 ± 0.06 % after ten epochs; 99.55 ± 0.03 %
+after six with --recipe fast, which takes under five minutes on two CPU cores.
 
 The sections, each a notebook cell, and the sections above that each one needs:
 
@@ -33,6 +33,7 @@ Sources
     Simard et al. 2003         Best Practices for Convolutional Neural Networks
     Ioffe, Szegedy 2015        Batch Normalization                           arXiv:1502.03167
     Goyal et al. 2017          Accurate, Large Minibatch SGD                 arXiv:1706.02677
+    Izmailov et al. 2018       Averaging Weights Leads to Wider Optima       arXiv:1803.05407
     Otsu 1979                  A Threshold Selection Method from Gray-Level Histograms
     LeCun, Cortes, Burges      The MNIST Database      http://yann.lecun.com/exdb/mnist/
     LeCun et al. 1998          Gradient-Based Learning Applied to Document Recognition
@@ -764,7 +765,7 @@ RECIPES = {
     "augmented": Recipe(optimizer="adam", lr=0.001, weight_decay=1e-4, scheduler="step",
                         lr_step=7, lr_factor=0.1, patience=99),
     "fast":      Recipe(rotate=6.0, shift=0.05, stretch=0.06, epochs=6, batch_size=256,
-                        optimizer="nesterov", lr=0.2, scheduler="onecycle", ema=0.99, patience=99),
+                        optimizer="nesterov", lr=0.2, scheduler="onecycle", patience=99),
     "best":      Recipe(input="gray56", stretch=0.1, elastic=0.03, optimizer="nesterov", lr=0.1,
                         scheduler="onecycle", tta=True, patience=99),
 }
@@ -850,6 +851,21 @@ def freeze_statistics(model: nn.Module) -> None:
     for layer in model.modules():
         if hasattr(layer, "running_mean") and not all(p.requires_grad for p in layer.parameters()):
             layer.eval()
+
+
+@torch.no_grad()
+def measure_statistics(
+    model: nn.Module, loader, device: torch.device | str = "cpu", precision: str = "fp32"
+) -> None:
+    """Fit the running statistics of batch norms to these weights, on the first 50 batches.
+
+    Weights that are a mean of others compute maps that none of these did (Izmailov 2018, 3.2).
+    """
+    model.train()
+    freeze_statistics(model)
+    with autocast(device, precision):
+        for images, _ in itertools.islice(loader, 50):
+            model(images.to(device))
 
 
 def show_progress(line: str) -> None:
@@ -1114,7 +1130,7 @@ class ResNetTrainer:
             after_update(lambda *_: self.scheduler.step())
         if recipe.ema:
             decay = get_ema_multi_avg_fn(recipe.ema)
-            self.average = AveragedModel(self.model, multi_avg_fn=decay, use_buffers=True)
+            self.average = AveragedModel(self.model, multi_avg_fn=decay)
             self.parts["average"] = self.average
             after_update(lambda *_: self.average.update_parameters(self.model))
         if is_distributed():
@@ -1135,6 +1151,8 @@ class ResNetTrainer:
             train_loader.set_epoch(epoch)
         try:
             train = val = train_one_epoch(network, train_loader, self.optimizer, *how)
+            if self.average:
+                measure_statistics(self.tested, train_loader, *where)
             # Each rank has normalised by its own part of the batches, as DistributedDataParallel
             # has it; the first one's running statistics count.
             for statistic in self.tested.buffers() if is_distributed() else ():

@@ -805,7 +805,7 @@ def test_average_of_the_weights_is_what_is_tested_and_kept(tmp_path):
 
     class Watched(LinearModel):
         def forward(self, x):
-            if self.training:
+            if self.training and torch.is_grad_enabled():
                 seen.append(self[1].bias.detach().clone())
             return super().forward(x)
 
@@ -821,6 +821,28 @@ def test_average_of_the_weights_is_what_is_tested_and_kept(tmp_path):
     assert torch.allclose(kept["model"]["1.bias"], average, atol=1e-6)
     assert torch.equal(trainer.model[1].bias, kept["model"]["1.bias"])
     assert trainer.test(loader)["loss"] == pytest.approx(history["val_loss"][-1])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_average_has_batch_norm_statistics_of_its_own(frozen):
+    """A mean of weights computes other maps than any of them: their statistics do not fit."""
+    torch.manual_seed(0)
+    layers = [(rm.conv3x3(i, 8, 2), nn.BatchNorm2d(8), nn.ReLU()) for i in (1, 8, 8)]
+    model = nn.Sequential(*itertools.chain(*layers), nn.Flatten(), nn.Linear(8 * 16, 10))
+    model[1].requires_grad_(not frozen)
+    digits = rm.draw_synthetic_digits(0, 1000, 10)
+    loader = rm.Batches(digits.train_images, digits.train_labels, 16, shuffle=True)
+    recipe = rm.Recipe(epochs=3, ema=0.99, lr=0.1, scheduler="none", precision="fp32")
+    rm.ResNetTrainer(model, "cpu", recipe, quiet=True).train(loader)
+    images = next(iter(rm.Batches(*digits[1:3], 1000)))[0]
+    for place in (1, 4, 7):
+        with torch.no_grad():
+            maps = model[:place](images)
+        scales = model[place].running_var.sqrt() / maps.std(dim=(0, 2, 3))
+        if frozen and place == 1:  # it keeps what it came with
+            assert torch.equal(model[1].running_var, torch.ones(8))
+        else:
+            assert torch.allclose(scales, torch.ones(8), atol=0.1)
 
 
 def test_training_leaves_the_random_numbers_of_others_alone():
