@@ -862,7 +862,7 @@ def measure_statistics(
     Weights that are a mean of others compute maps that none of these did (Izmailov 2018, 3.2).
     """
     model.train()
-    freeze_statistics(model)  # which torch's update_bn() would measure too
+    freeze_statistics(model)  # torch's update_bn() would measure frozen ones as well
     with autocast(device, precision):
         # With batch norm's momentum of 0.1, 0.9 ** 50, half a percent, of the old ones is left.
         for images, _ in itertools.islice(loader, 50):
