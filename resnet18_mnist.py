@@ -87,11 +87,12 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def explaining(message: str, errors=Exception) -> Iterator[None]:
-    """Turn these errors into a UserError with this message."""
+    """Turn these errors into a UserError with this message, and the system's reason if any."""
     try:
         yield
     except errors as error:
-        raise UserError(message) from error
+        why = getattr(error, "strerror", None)
+        raise UserError(f"{message}: {why}" if why else message) from error
 
 
 # %% 1. Network
@@ -110,7 +111,8 @@ class Conv3x3(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of x (N, in, H, W)."""
         height, width = x.shape[2:]
-        if not self.training or max(height, width) > self.stride[0]:
+        one_position = max(height, width) <= self.stride[0]
+        if not (self.training and one_position):
             return super().forward(x)
         # On a 1×1 map, or with stride 2 on 2×2, most of the nine taps meet only padding. Without
         # them the sum is a matrix product of the same terms, and faster. In eval mode it stays the
@@ -368,7 +370,7 @@ def read_mnist(data_dir: str | Path) -> Digits:
         if not all(path.is_file() for path in files):
             datasets.MNIST(data_dir, download=True)
     except Exception as error:
-        if getattr(error, "strerror", None):  # a folder that cannot be written, say
+        if getattr(error, "filename", None):  # a folder that cannot be written, say
             raise
         why = str(error).strip().rpartition("\n")[2]
         bad = [n for n, md5 in datasets.MNIST.resources if not mnist.check_integrity(raw / n, md5)]
@@ -427,7 +429,7 @@ class Batches:
 
     ``images`` (N, 28, 28) uint8 become (batch_size, C, S, S) float, of the shape that ``input``
     names and normalised; ``augment`` distorts them. Order and augmentation are drawn from torch's
-    own random numbers, as in a DataLoader. The last batch may be shorter, or longer by one image.
+    own random numbers, as in a DataLoader. The last batch may be shorter, or a little longer.
     """
 
     def __init__(
@@ -444,7 +446,7 @@ class Batches:
         self.channels, self.size = INPUTS[input]
         self.mean, self.std = STATISTICS[normalize]
         self.batch_size, self.shuffle, self.augment = batch_size, shuffle, augment
-        self.rank, self.ranks = 0, 1
+        self.rank, self.ranks = 0, 1  # this process, and how many share a batch (section 3)
 
     def __len__(self) -> int:
         return len(self._cuts()) + 1
@@ -508,21 +510,19 @@ class MNISTDataLoader:
     ):
         digits = load_digits(dataset, data_dir, seed) if isinstance(dataset, str) else dataset
         self.name, images, labels, *test = digits
-        if select_on == "test" and test[1] is None:
+        on_test, labelled = select_on == "test", test[1] is not None
+        if on_test and not labelled:
             raise UserError(f"{self.name} has no test labels to select on")
         val_size = len(labels) // 12 if val_size is None else val_size
-        val_size = 0 if select_on == "test" else val_size
-        if select_on != "test" and not 0 < val_size <= len(labels) - 2:
+        if not on_test and not 0 < val_size <= len(labels) - 2:
             raise UserError(f"--val-size {val_size} does not fit {len(labels)} training images")
-        train, val = split_by_class(labels, val_size, seed)
-        train, common = train[:limit], (input, normalize)
+        train, val = split_by_class(labels, 0 if on_test else val_size, seed)
+        train, make = train[:limit], partial(Batches, input=input, normalize=normalize)
         augment = Distortion(10, 0.1) if augment is True else augment or None
-        learn = {"shuffle": True, "augment": augment}
-        self.train = Batches(images[train], labels[train], batch_size, *common, **learn)
-        self.val = Batches(images[val], labels[val], TEST_BATCH, *common) if val_size else None
-        labelled = test[1] is not None
-        self.test = Batches(*test, TEST_BATCH, *common) if labelled else self.val
-        self.val = self.val or self.test
+        self.train = make(images[train], labels[train], batch_size, shuffle=True, augment=augment)
+        self.val = make(images[val], labels[val], TEST_BATCH)
+        self.test = make(*test, TEST_BATCH) if labelled else self.val
+        self.val = self.test if on_test else self.val
         self.unlabelled = None if labelled else test[0]
 
     def get_data_loaders(self) -> tuple[Batches, Batches]:
@@ -612,7 +612,7 @@ def autocast(device: torch.device | str, precision: str) -> torch.autocast:
 def keep_freed_memory() -> None:
     """Let the C library keep what was freed for the next step, where it is glibc.
 
-    It gives large blocks back to the system; fetching them anew, page by page, adds an eighth to
+    glibc gives large blocks back to the system; fetching them anew, page by page, adds an eighth to
     a step on 32×32 maps (README, Speed).
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
@@ -658,7 +658,7 @@ def gather(content) -> list:
 
 
 def weigh(images: int, device: torch.device | str) -> Tensor | float:
-    """Return this rank's loss factor that makes DistributedDataParallel's mean one over images."""
+    """Return a factor for this rank's loss: with it, the mean over ranks is one over images."""
     if not is_distributed():
         return 1.0
     total = torch.full((), float(images), device=device)
@@ -667,6 +667,9 @@ def weigh(images: int, device: torch.device | str) -> Tensor | float:
 
 
 # %% 4. Recipe
+#
+# A recipe is every choice that decides the numbers of a run. In Recipe below each line has a name,
+# its default and its meaning; option() turns them into flags of the command line.
 
 DATASETS = ("auto", "mnist", "synthetic", "kaggle")
 SCHEDULERS = ("plateau", "step", "cosine", "onecycle", "none")
@@ -806,8 +809,7 @@ def train_one_epoch(
 
     Raises FloatingPointError where a loss is no longer finite.
     """
-    model.train()
-    freeze_statistics(model)
+    set_training(model)
     optimizer.zero_grad()
     # Left on the device, so that only a check of them (below) waits for the steps before.
     sizes, losses, correct = [], [], []
@@ -832,9 +834,10 @@ def train_one_epoch(
             shown, loss_so_far = now, check_finite(losses).mean()
             if title:
                 seen = sum(sizes) * rank_and_ranks()[1]  # each rank has as many
-                speed, left = seen / (now - started), len(loader) / (step + 1) - 1
+                elapsed = now - started
+                left = elapsed * (len(loader) / (step + 1) - 1)
                 line = f"{title}  batch {step + 1}/{len(loader)}  loss {loss_so_far:.4f}  "
-                show_progress(f"{line}{speed:,.0f} images/s  {left * (now - started):.0f} s left")
+                show_progress(f"{line}{seen / elapsed:,.0f} images/s  {left:.0f} s left")
     counts = torch.tensor(sizes)  # (steps,), as are the others
     table = torch.stack([check_finite(losses) * counts, torch.stack(correct).cpu(), counts])
     losses, correct, counts = sum(gather(table))  # over the ranks
@@ -846,8 +849,9 @@ def train_one_epoch(
     }
 
 
-def freeze_statistics(model: nn.Module) -> None:
-    """Keep the running statistics of batch norms whose parameters are frozen."""
+def set_training(model: nn.Module) -> None:
+    """Set a model to training, but keep the statistics of batch norms with frozen parameters."""
+    model.train()
     for layer in model.modules():
         if hasattr(layer, "running_mean") and not all(p.requires_grad for p in layer.parameters()):
             layer.eval()
@@ -861,8 +865,7 @@ def measure_statistics(
 
     Weights that are a mean of others compute maps that none of these did (Izmailov 2018, 3.2).
     """
-    model.train()
-    freeze_statistics(model)  # torch's update_bn() would measure frozen ones as well
+    set_training(model)  # torch's update_bn() would measure those of frozen ones as well
     with autocast(device, precision):
         # With batch norm's momentum of 0.1, 0.9 ** 50, half a percent, of the old ones is left.
         for images, _ in itertools.islice(loader, 50):
@@ -881,8 +884,8 @@ def show_progress(line: str) -> None:
 def average_shifts(model: nn.Module, images: Tensor) -> Tensor:
     """Return the mean log-probabilities of each image and its eight shifts by a pixel.
 
-    A stride keeps every second place only, so a pixel to the side the network sees another image.
-    Nine looks take nine times as long.
+    A stride keeps every second place only, so an image moved by a pixel gets another answer; the
+    mean of nine is steadier, and takes nine times as long.
     """
     height, width = images.shape[2:]
     wide = F.pad(images, (1, 1, 1, 1), mode="replicate")
@@ -902,15 +905,16 @@ def evaluate(
 
     ``tta`` is test-time augmentation: the answer to an image is average_shifts().
     """
-    training, answer = model.training, partial(average_shifts, model) if tta else model
+    was_training = model.training
     model.eval()
+    answer = partial(average_shifts, model) if tta else model
     with autocast(device, precision):
-        outputs = [(answer(images.to(device)), labels) for images, labels in loader]
-    model.train(training)
-    outputs = [(logits.float().cpu(), labels.cpu()) for logits, labels in outputs]
-    ranks = gather(outputs) if getattr(loader, "ranks", 1) > 1 else [outputs]
-    outputs = [part for batch in zip(*ranks, strict=True) for part in batch]  # in their order
-    logits, labels = (torch.cat(part) for part in zip(*outputs, strict=True))
+        batches = [(answer(images.to(device)), labels) for images, labels in loader]
+    model.train(was_training)
+    batches = [(logits.float().cpu(), labels.cpu()) for logits, labels in batches]
+    if getattr(loader, "ranks", 1) > 1:  # each has its part of every batch, in their order
+        batches = [part for batch in zip(*gather(batches), strict=True) for part in batch]
+    logits, labels = (torch.cat(part) for part in zip(*batches, strict=True))
     predictions = logits.argmax(dim=1)
     return {
         "loss": F.cross_entropy(logits, labels).item(),
@@ -979,17 +983,15 @@ ROW = (
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a file so that a kill at any moment leaves the old one or the new one, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut may leave the new name on an empty file
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with explaining(f"cannot write {path}", OSError):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # else a power cut may leave the new name on an empty file
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: Path, **content) -> None:
@@ -1077,7 +1079,10 @@ class ResNetTrainer:
         self.recipe = recipe = replace(self.recipe, **overrides)
         network = self._prepare(train_loader, val_loader)
         if resume:
-            self._restore(resume)
+            with explaining(f"{self.run_dir}/last.pt is damaged, or of another network"):
+                for name, part in self.parts.items():
+                    part.load_state_dict(resume[name])
+                self.rows = [dict(row) for row in resume["rows"]]
         stopping = EarlyStopping(recipe.patience)
         for row in self.rows:  # of a resumed run: all the memory that early stopping needs
             stopping.step(row["val_loss"])
@@ -1197,17 +1202,9 @@ class ResNetTrainer:
         state = {name: part.state_dict() for name, part in self.parts.items()}
         save_checkpoint(self.run_dir / "last.pt", **common, **state)
 
-    def _restore(self, checkpoint: dict) -> None:
-        """Put all back as it was when this last.pt was written."""
-        with explaining(f"{self.run_dir}/last.pt is damaged, or of another network"):
-            for name, part in self.parts.items():
-                part.load_state_dict(checkpoint[name])
-            self.rows = [dict(row) for row in checkpoint["rows"]]
-
     def test(self, test_loader) -> dict:
         """Return what evaluate() does: loss, accuracy, predictions, labels, probabilities."""
-        how = self.device, self.precision, self.recipe.tta
-        return evaluate(self.tested, test_loader, *how)
+        return evaluate(self.tested, test_loader, self.device, self.precision, self.recipe.tta)
 
 
 def train_model(model: nn.Module, train_loader, val_loader=None, device=None, **options) -> dict:
@@ -1307,9 +1304,10 @@ def plot_comparison(runs: dict[str, tuple[list[dict], list[float]]]):
     """Draw runs, each with its rows and gradient norms, as accuracy by time, loss, and norms."""
     figure, (axes,) = subplots(1, 3, 13, 4.4, "")
     for place, (name, (rows, norms)) in enumerate(runs.items()):
-        look = {"color": PALETTE[place % 7], "marker": "osD^vP*"[place % 7], "ms": 4, "label": name}
+        look = {"color": PALETTE[place % 7], "marker": "osD^vP*"[place % 7], "ms": 4}
+        look["label"] = name.replace("$", r"\$")  # two of them would hold a formula
         seconds = list(itertools.accumulate(row["seconds"] for row in rows))
-        errors = [100 - row["val_accuracy"] for row in rows]
+        errors = [max(0.01, 100 - row["val_accuracy"]) for row in rows]  # 0 has no logarithm
         # First epochs may be so far off that the others would be hard to tell apart.
         shown = [e if e <= max(1, 10 * errors[-1]) else math.nan for e in errors]
         axes[0].plot(seconds, shown, **look)
@@ -1549,24 +1547,21 @@ def read_kaggle(path: str | Path, labelled: bool) -> tuple[Tensor, Tensor | None
     digits, levels = ({str(value): value for value in range(n)} for n in (10, 256))
     allowed = [digits] * labelled + [levels] * 784
     csv.field_size_limit(2**30)  # a cell that is too long is to be named too
-    table = bytearray()
-    try:
-        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-            rows = csv.reader(file)
-            if next(rows, None) != columns:
-                raise UserError(f"{path}, row 1: the columns are not {', '.join(columns[:3])} ...")
-            for cells in filter(None, rows):
-                where = f"{path}, row {rows.line_num}"
-                if len(cells) != len(columns):
-                    raise UserError(f"{where}: {len(cells)} columns, not {len(columns)}")
-                row = [values.get(cell) for values, cell in zip(allowed, cells, strict=True)]
-                if None in row:
-                    at = row.index(None)
-                    wrong = f"{cells[at][:20]!r} is not from 0 to {len(allowed[at]) - 1}"
-                    raise UserError(f"{where}, column {columns[at]}: {wrong}")
-                table += bytes(row)
-    except (OSError, csv.Error) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
+    table, text = bytearray(), {"newline": "", "encoding": "utf-8-sig", "errors": "replace"}
+    with explaining(f"cannot read {path}", (OSError, csv.Error)), open(path, **text) as file:
+        rows = csv.reader(file)
+        if next(rows, None) != columns:
+            raise UserError(f"{path}, row 1: the columns are not {', '.join(columns[:3])} ...")
+        for cells in filter(None, rows):
+            where = f"{path}, row {rows.line_num}"
+            if len(cells) != len(columns):
+                raise UserError(f"{where}: {len(cells)} columns, not {len(columns)}")
+            row = [values.get(cell) for values, cell in zip(allowed, cells, strict=True)]
+            if None in row:
+                at = row.index(None)
+                wrong = f"{cells[at][:20]!r} is not from 0 to {len(allowed[at]) - 1}"
+                raise UserError(f"{where}, column {columns[at]}: {wrong}")
+            table += bytes(row)
     if not table:
         raise UserError(f"{path} holds no digit")
     numbers = torch.frombuffer(table, dtype=torch.uint8).view(-1, len(columns))
@@ -1735,16 +1730,14 @@ def find_checkpoint(given: str | None, name: str) -> Path:
     return found[-1]
 
 
-def load_run(
-    run: str | None, device: str | None, changes: dict
-) -> tuple[ResNetTrainer, dict, Path]:
+def load_run(run: str | None, device: str | None, given: dict) -> tuple[ResNetTrainer, dict, Path]:
     """Return the network of a run, ready to test, with its checkpoint and the path of that."""
     path = find_checkpoint(run, "best.pt")
     checkpoint = load_checkpoint(path)
     recipe, model = checkpoint["recipe"], build_model(checkpoint["recipe"])
     with explaining(f"{path} holds the weights of another network", (TypeError, RuntimeError)):
         model.load_state_dict(checkpoint["model"])
-    return ResNetTrainer(model, device, replace(recipe, **changes)), checkpoint, path
+    return ResNetTrainer(model, device, replace(recipe, **given)), checkpoint, path
 
 
 def claim_run_dir(output_dir: str | None, name: str) -> Path:
@@ -1892,23 +1885,23 @@ def command_evaluate(args: argparse.Namespace, given: dict) -> None:
     for run in args.runs or [None]:
         trainer, checkpoint, path = load_run(run, args.device, given)
         recipe, last = trainer.recipe, path.with_name("last.pt")
-        rows = load_checkpoint(last)["rows"] if last.exists() else checkpoint["rows"]
         data = load_data(recipe, args.data_dir)
         print(f"{path} on {describe_device(trainer.device)}, {trainer.precision}\n")
         results = trainer.test(data.test.to(trainer.device))
         print(make_report(recipe, checkpoint["rows"], results))
+        if len(args.runs) < 2:
+            return
+        rows = load_checkpoint(last)["rows"] if last.exists() else checkpoint["rows"]
         layers = list_layers(trainer.model, next(iter(data.test))[0][:1])
         seconds = statistics.median(row["seconds"] for row in rows) if rows else math.nan
         parameters, flops = (sum(layer[i] for layer in layers) for i in (2, 3))
         counts = f"{parameters:,}", f"{flops / 1e6:,.1f}", f"{seconds:.1f}"
         name = f"{recipe.model}{', plain' * recipe.plain}{', tta' * recipe.tta}"
         table += [(name, recipe.input, *counts, f"{results['accuracy']:.2f} %", path)]
-        if len(args.runs) < 2:
-            return
         torch.manual_seed(0)
         batch = next(iter(data.train))  # the same for all
         torch.manual_seed(recipe.seed)
-        norms = gradient_norms(build_model(recipe), *batch)
+        norms = [] if recipe.weights else gradient_norms(build_model(recipe), *batch)
         curves[str(path.parent if path.name == "best.pt" else path)] = rows, norms
     for line in table:
         print("{:20} {:7}{:>12}{:>9}{:>9}{:>10}  {}".format(*map(str, line)))

@@ -1,4 +1,4 @@
-"""What resnet18_mnist.py promises, tested: `python -m pytest`. No network, three minutes."""
+"""What resnet18_mnist.py promises, tested: `python -m pytest`. No network."""
 
 from __future__ import annotations
 
@@ -859,8 +859,8 @@ def test_training_leaves_the_random_numbers_of_others_alone():
 def test_training_goes_on_after_a_divergence():
     loader = digits_loader(96)
     trainer = rm.ResNetTrainer(LinearModel(), "cpu", rm.Recipe(precision="fp32"), quiet=True)
-    with pytest.raises(rm.UserError):
-        trainer.train(loader, loader, ema=0.9, lr=1e30, epochs=3)
+    with pytest.raises(rm.UserError, match="epoch"):
+        trainer.train(loader, loader, ema=0.9, lr=1e9, epochs=3)
     trainer.model.load_state_dict(LinearModel().state_dict())
     assert math.isfinite(trainer.train(loader, loader, ema=0, lr=0.01, epochs=1)["val_loss"][0])
 
@@ -1275,8 +1275,8 @@ def test_damaged_kaggle_files_are_refused_with_row_and_column(tmp_path, text, sa
 def test_kaggle_from_train_csv_to_solution_csv(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     labels = write_kaggle(rm.draw_synthetic_digits(1, 600, 100), tmp_path, 600)
-    flags = ["--recipe", "kaggle", "--val-size", "60", "--model", "simple_cnn", "--epochs", "3"]
-    flags += ["--lr", "0.003", "--data-dir", ".", "--output-dir", "x"]
+    flags = ["--recipe", "kaggle", "--val-size", "60", "--model", "simple_cnn", "--epochs", "8"]
+    flags += ["--lr", "0.003", "--lr-step", "8", "--data-dir", ".", "--output-dir", "x"]
     assert rm.main(flags) == 0
     printed = capsys.readouterr().out
     assert "validation accuracy" in printed
@@ -1371,6 +1371,13 @@ def test_evaluate_repeats_the_report(trained, capsys):
     averaged = capsys.readouterr().out
     assert "seed 0, tta\n" in averaged
     assert (folder / "report.txt").read_text().splitlines()[2] not in averaged  # another loss
+
+
+def test_evaluate_needs_only_the_network_of_a_run(trained, tmp_path):
+    for name in ("best.pt", "last.pt"):
+        shutil.copy(trained[0] / "runs" / "resnet18-gray28-synthetic-1" / name, tmp_path)
+    os.truncate(tmp_path / "last.pt", 1000)
+    assert rm.main(["evaluate", str(tmp_path)]) == 0
 
 
 def draw_seven(path, mode="L", paper=255, ink=0):
@@ -1806,9 +1813,22 @@ def test_numbers_along_the_axes_of_a_comparison_do_not_overlap(factor):
         assert all(one[1] < other[0] for one, other in itertools.pairwise(spans))
 
 
+def test_a_comparison_shows_perfect_runs_and_odd_names():
+    runs = {}
+    for name, accuracy in (("a", 99.0), ("b$x^{$", 100.0)):
+        rows = [{"seconds": 60.0, "val_accuracy": accuracy, "train_loss": 0.5}] * 2
+        runs[name] = rows, []
+    figure = rm.plot_comparison(runs)
+    figure.canvas.draw()
+    axis = figure.axes[0]
+    low, high = sorted(axis.get_ylim())
+    assert all(low < y < high for line in axis.lines for y in line.get_ydata())
+    assert len(figure.legends[0].get_texts()) == 2
+
+
 def test_runs_are_compared_in_a_table_and_a_picture(tmp_path, capsys, no_pictures):
-    for name in ("a", "b"):
-        assert small_run(tmp_path / name) == 0
+    assert small_run(tmp_path / "a") == 0
+    assert small_run(tmp_path / "b", "--weights", str(tmp_path / "a" / "run" / "best.pt")) == 0
     capsys.readouterr()
     runs = [str(tmp_path / name / "run") for name in ("a", "b")]
     assert rm.main(["evaluate", *runs]) == 0
@@ -1820,6 +1840,7 @@ def test_runs_are_compared_in_a_table_and_a_picture(tmp_path, capsys, no_picture
     times = figure.axes[0].lines[0].get_xdata()
     assert len(times) == 3
     assert sorted(times) == list(times)
+    assert [len(line.get_xdata()) for line in figure.axes[2].lines] == [5, 0]  # of fresh weights
     with Image.open(tmp_path / "a" / "run" / "comparison.png") as picture:
         assert len(picture.convert("RGB").getcolors(2**24)) > 50
 
@@ -2130,6 +2151,15 @@ def test_without_mnist_and_network_auto_says_so_and_draws_digits(tmp_path, capsy
     assert "t10k-labels-idx1-ubyte.gz" in said
 
 
+def test_a_connection_that_breaks_off_is_no_network_either(tmp_path, monkeypatch, capsys):
+    def break_off(*_, **__):
+        raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+
+    monkeypatch.setattr("urllib.request.urlopen", break_off)
+    assert rm.load_digits("auto", tmp_path, 0).name == "synthetic"
+    assert os.strerror(errno.ECONNRESET) in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["train", "evaluate", "predict", "describe"])
 def test_help_shows_every_flag_with_its_default(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
@@ -2325,7 +2355,10 @@ def compete(pipe, device, *contest) -> None:
 def compare_steps(device, rounds: int = 8) -> None:
     """Time the step of gray28 with one thing changed, in turn, per image and as a ratio."""
 
-    def contestant(batch=128, precision="bf16", short_cut=True, compiled=False, fused=False):
+    usual = rm.pick_precision("auto", device)
+    other = "fp32" if usual == "bf16" else "bf16"
+
+    def contestant(batch=128, precision=usual, short_cut=True, compiled=False, fused=False):
         model = rm.resnet18().to(device, memory_format=torch.channels_last).train()
         for part in model.modules():
             if isinstance(part, rm.Conv3x3) and not short_cut:
@@ -2348,13 +2381,13 @@ def compare_steps(device, rounds: int = 8) -> None:
 
         return steps
 
-    changes = [{}, {"short_cut": False}, {"precision": "fp32"}, {"batch": 256}]
+    changes = [{}, {"short_cut": False}, {"precision": other}, {"batch": 256}]
     changes += [{"compiled": True}, {"fused": True}]
     loops = [contestant(**change) for change in changes]
     for loop in loops:
         loop()  # warms up
     times = [[loop() for loop in loops] for _ in range(rounds)]
-    print("gray28, microseconds an image: batches of 128, bf16, and one change")
+    print(f"gray28, microseconds an image: batches of 128, {usual}, and one change")
     for change, own in zip(changes, zip(*times, strict=True), strict=True):
         ratio = median(a / row[0] for a, row in zip(own, times, strict=True))
         name = ", ".join(f"{key} {value}" for key, value in change.items()) or "as it is"
