@@ -10,7 +10,7 @@
     python resnet18_mnist.py describe           each layer's shape, parameters and FLOPs
 
 Measured on 10,000 test images, three seeds each: 99.43 ± 0.06 % after ten epochs; 99.55 ± 0.03 %
-after six with --recipe fast, which takes under five minutes on two CPU cores.
+after six with --recipe fast, which takes five to eight minutes on two CPU cores.
 
 The sections, each a notebook cell, and the sections above that each one needs:
 
