@@ -861,15 +861,20 @@ def set_training(model: nn.Module) -> None:
 def measure_statistics(
     model: nn.Module, loader, device: torch.device | str = "cpu", precision: str = "fp32"
 ) -> None:
-    """Fit the running statistics of batch norms to these weights, on the first 50 batches.
+    """Set the running statistics of batch norms to their mean over the loader's first 50 batches.
 
     Weights that are a mean of others compute maps that none of these did (Izmailov 2018, 3.2).
     """
     set_training(model)  # torch's update_bn() would measure those of frozen ones as well
+    norms = {m: m.momentum for m in model.modules() if hasattr(m, "running_mean") and m.training}
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean of all that comes
     with autocast(device, precision):
-        # With batch norm's momentum of 0.1, 0.9 ** 50, half a percent, of the old ones is left.
         for images, _ in itertools.islice(loader, 50):
             model(images.to(device))
+    for norm, momentum in norms.items():
+        norm.momentum = momentum
 
 
 def show_progress(line: str) -> None:
@@ -1088,7 +1093,7 @@ class ResNetTrainer:
             stopping.step(row["val_loss"])
         if self.run_dir:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            for part in self.run_dir.glob(".*.tmp"):  # of a file that was being written at a kill
+            for part in self.run_dir.glob(".*.*.[0-9]*.tmp"):  # of a write at which it was killed
                 part.unlink()
             self._save()  # so that a run killed in its first epoch can be resumed as well
         best_weights = None if self.run_dir else copy.deepcopy(self.tested.state_dict())
@@ -1108,7 +1113,7 @@ class ResNetTrainer:
                 best_weights = copy.deepcopy(self.tested.state_dict())
             if not self.quiet:
                 print(ROW.format(**{**row, "best": "best" * row["best"]}).rstrip(), flush=True)
-        if stopping.should_stop and not self.quiet:
+        if len(self.rows) < recipe.epochs and not self.quiet:
             print(f"stopped early: no lower loss for {recipe.patience} epochs")
         kept = load_checkpoint(self.run_dir / "best.pt")["model"] if self.run_dir else None
         self.model.load_state_dict(gather(kept)[0] or best_weights)  # the first rank has the folder
@@ -1153,8 +1158,9 @@ class ResNetTrainer:
         # Order, augmentation and dropout of an epoch depend on seed and epoch alone: a resumed run
         # need not know what was drawn before. Two seeds are a million epochs apart.
         torch.manual_seed(recipe.seed * 1_000_003 + epoch)
-        if hasattr(train_loader, "set_epoch"):
-            train_loader.set_epoch(epoch)
+        for part in (train_loader, getattr(train_loader, "sampler", None)):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
         try:
             train = val = train_one_epoch(network, train_loader, self.optimizer, *how)
             if self.average:
@@ -1305,6 +1311,7 @@ def plot_comparison(runs: dict[str, tuple[list[dict], list[float]]]):
     figure, (axes,) = subplots(1, 3, 13, 4.4, "")
     for place, (name, (rows, norms)) in enumerate(runs.items()):
         look = {"color": PALETTE[place % 7], "marker": "osD^vP*"[place % 7], "ms": 4}
+        name = name.encode(errors="replace").decode()  # which may be no text
         look["label"] = name.replace("$", r"\$")  # two of them would hold a formula
         seconds = list(itertools.accumulate(row["seconds"] for row in rows))
         errors = [max(0.01, 100 - row["val_accuracy"]) for row in rows]  # 0 has no logarithm
@@ -1406,9 +1413,12 @@ def visualize_results(
     model: nn.Module, loader, results: dict, history: dict, run_dir: Path, title: str = ""
 ) -> None:
     """Save a run's pictures; ``results`` are what evaluate() returned for this loader."""
-    parts = [loader.images] if isinstance(loader, Batches) else [x[:, :1] for x, _ in loader]
-    images = torch.cat(parts).cpu()
-    labels, predictions = results["labels"], results["predictions"]
+    ours = isinstance(loader, Batches)
+    parts = [(loader.images, loader.labels)] if ours else [(x[:, :1], y) for x, y in loader]
+    images, labels = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    predictions = results["predictions"]
+    if not torch.equal(labels, results["labels"]):
+        raise UserError("the results are of other images than the loader's, or in another order")
     sure = 100 * results["probabilities"].amax(dim=1)
     mistakes = (labels != predictions).nonzero().flatten()
     surest = mistakes[sure[mistakes].argsort(descending=True)][:40]
@@ -1430,7 +1440,7 @@ def visualize_results(
         figure = plot_feature_maps(model, first, f"{title}\nfeature maps of a digit")
         pictures["feature_maps.png"] = figure
     for name, figure in pictures.items():
-        save_figure(figure, run_dir / name)
+        save_figure(figure, Path(run_dir, name))
 
 
 # %% 7. Own digits
@@ -1644,7 +1654,7 @@ def build_model(recipe: Recipe) -> nn.Module:
     model = models.get_model(name, num_classes=10, **options)
     conv = first_conv(model)[1]
     conv.in_channels, conv.weight = channels, nn.Parameter(adapt_channels(conv.weight, channels))
-    why = f"{name} cannot take {size}×{size} pixels; try rgb32 or rgb224"
+    why = f"{name} cannot take {size}×{size} pixels; try {'rgb32 or ' * (size < 32)}rgb224"
     with torch.no_grad(), explaining(why, (RuntimeError, AssertionError)):
         copy.deepcopy(model).eval()(torch.zeros(1, channels, size, size))
     return model
@@ -1746,7 +1756,8 @@ def claim_run_dir(output_dir: str | None, name: str) -> Path:
     folder = Path(output_dir or next(path for path in numbered if not path.exists()))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any((folder / kept).exists() for kept in ("best.pt", "last.pt", "report.txt")):
+        results = ("best.pt", "last.pt", "report.txt", "solution.csv")
+        if any((folder / name).exists() for name in results):
             raise FileExistsError
         (folder / "history.csv").touch(exist_ok=False)  # of two runs at once, one gets it
     except FileExistsError as error:
@@ -1779,7 +1790,7 @@ def make_report(recipe: Recipe, rows: list[dict], results: dict) -> str:
     report = f"{recipe.model}, {recipe.input}, dataset {recipe.dataset}, {how}\n"
     for row in rows[-1:]:
         part = "validation set" if recipe.select_on == "val" else "TEST SET, which is optimistic"
-        report += f"epoch {row['epoch']}, selected on the {part}: "
+        report += f"epoch {row['epoch']}, {'not ' * (not row['best'])}selected on the {part}: "
         report += f"loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.2f} %\n"
     report += f"{tested} loss {results['loss']:.4f}, {tested} accuracy {results['accuracy']:.2f} % "
     report += f"({correct.sum():,} of {len(labels):,} {recipe.dataset} images)\n\n"
@@ -1797,7 +1808,10 @@ def list_recipes() -> None:
 def start_or_resume(args: argparse.Namespace, given: dict) -> tuple[Recipe, dict, Path | None]:
     """Return the recipe, and for a resumed run its last checkpoint and its folder."""
     if args.resume is None:
-        return replace(RECIPES[args.recipe or "plateau"], **given), {}, None
+        base = RECIPES[args.recipe or "plateau"]
+        if not given.get("augment", base.augment) and given.keys() & set(Distortion._fields):
+            raise UserError("images are distorted with --augment only, which is off here")
+        return replace(base, **given), {}, None
     if args.recipe or args.output_dir:
         raise UserError("a resumed run keeps its recipe and folder: no --recipe, no --output-dir")
     path = find_checkpoint(None if args.resume is True else args.resume, "last.pt")
@@ -1855,7 +1869,7 @@ def command_train(args: argparse.Namespace, given: dict) -> None:
         finish_run(trainer, data, history)
     except KeyboardInterrupt:
         if run_dir:
-            command = ["python", sys.argv[0], "--resume", str(run_dir), "--data-dir", args.data_dir]
+            command = ["python", sys.argv[0], f"--resume={run_dir}", f"--data-dir={args.data_dir}"]
             print(f"stopped; this goes on:  {shlex.join(command)}", file=sys.stderr)
         raise
 
@@ -1888,7 +1902,8 @@ def command_evaluate(args: argparse.Namespace, given: dict) -> None:
         data = load_data(recipe, args.data_dir)
         print(f"{path} on {describe_device(trainer.device)}, {trainer.precision}\n")
         results = trainer.test(data.test.to(trainer.device))
-        print(make_report(recipe, checkpoint["rows"], results))
+        own = [] if "average" in checkpoint else checkpoint["rows"]  # else of the mean of weights
+        print(make_report(recipe, own, results))
         if len(args.runs) < 2:
             return
         rows = load_checkpoint(last)["rows"] if last.exists() else checkpoint["rows"]
@@ -2027,5 +2042,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 # In a notebook, whose cells are __main__ too, nothing starts by itself.
-if __name__ == "__main__" and "ipykernel" not in sys.argv[0]:
+if __name__ == "__main__" and "kernel_launcher" not in sys.argv[0]:
     sys.exit(main())

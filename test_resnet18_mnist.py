@@ -823,11 +823,13 @@ def test_average_of_the_weights_is_what_is_tested_and_kept(tmp_path):
     assert trainer.test(loader)["loss"] == pytest.approx(history["val_loss"][-1])
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_average_has_batch_norm_statistics_of_its_own(frozen):
+@pytest.mark.parametrize(("frozen", "momentum"), [(False, 0.1), (True, 0.1), (False, 0.001)])
+def test_average_has_batch_norm_statistics_of_its_own(frozen, momentum):
     """A mean of weights computes other maps than any of them: their statistics do not fit."""
     torch.manual_seed(0)
-    layers = [(rm.conv3x3(i, 8, 2), nn.BatchNorm2d(8), nn.ReLU()) for i in (1, 8, 8)]
+    layers = [
+        (rm.conv3x3(i, 8, 2), nn.BatchNorm2d(8, momentum=momentum), nn.ReLU()) for i in (1, 8, 8)
+    ]
     model = nn.Sequential(*itertools.chain(*layers), nn.Flatten(), nn.Linear(8 * 16, 10))
     model[1].requires_grad_(not frozen)
     digits = rm.draw_synthetic_digits(0, 1000, 10)
@@ -843,6 +845,7 @@ def test_average_has_batch_norm_statistics_of_its_own(frozen):
             assert torch.equal(model[1].running_var, torch.ones(8))
         else:
             assert torch.allclose(scales, torch.ones(8), atol=0.1)
+            assert model[place].momentum == momentum
 
 
 def test_training_leaves_the_random_numbers_of_others_alone():
@@ -850,10 +853,11 @@ def test_training_leaves_the_random_numbers_of_others_alone():
     loader, epochs = digits_loader(96, shuffle=True, augment=True), []
     model = nn.Sequential(nn.Dropout(), LinearModel())
     loader.set_epoch = epochs.append
+    loader.sampler = SimpleNamespace(set_epoch=epochs.append)
     before = torch.get_rng_state()
     rm.ResNetTrainer(model, "cpu", quiet=True).train(loader, loader, epochs=2)
     assert torch.equal(torch.get_rng_state(), before)
-    assert epochs == [1, 2]  # as samplers of others need it
+    assert epochs == [1, 1, 2, 2]  # as samplers of others need it
 
 
 def test_training_goes_on_after_a_divergence():
@@ -1373,6 +1377,49 @@ def test_evaluate_repeats_the_report(trained, capsys):
     assert (folder / "report.txt").read_text().splitlines()[2] not in averaged  # another loss
 
 
+def test_evaluate_says_what_was_selected_and_what_was_not(trained, tmp_path, capsys):
+    kept = rm.read_tensors(trained[0] / "runs" / "resnet18-gray28-synthetic-1" / "last.pt")
+    for name, best, average in (("a", True, {}), ("b", False, {}), ("c", True, {"average": {}})):
+        rows = [*kept["rows"][:-1], {**kept["rows"][-1], "best": best}]
+        torch.save({**kept, "rows": rows, **average}, tmp_path / name)
+        assert rm.main(["evaluate", str(tmp_path / name)]) == 0
+    a, b, c = capsys.readouterr().out.split("resnet18, gray28")[1:]
+    assert "epoch 2, selected on the validation set" in a
+    assert "epoch 2, not selected on the validation set" in b
+    assert "on the validation set" not in c  # there the loss is of the mean of the weights
+
+
+def test_pictures_of_results_of_another_loader_are_refused(tmp_path):
+    digits = rm.draw_synthetic_digits(0, 60, 20)
+    data = rm.MNISTDataLoader(dataset=digits, val_size=20)
+    trainer = rm.ResNetTrainer(rm.lenet5(), "cpu", quiet=True)
+    history = trainer.train(data.train, data.val, epochs=1)
+    rm.visualize_results(trainer.model, data.test, trainer.test(data.test), history, str(tmp_path))
+    assert (tmp_path / "mistakes.png").is_file()
+    results = trainer.test(data.train)  # which shuffles
+    with pytest.raises(rm.UserError, match="order"):
+        rm.visualize_results(trainer.model, data.train, results, history, tmp_path)
+
+
+def test_a_run_touches_no_file_of_others(tmp_path, no_pictures):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".notes.tmp").write_text("precious")
+    assert small_run(tmp_path) == 0
+    assert (folder / ".notes.tmp").read_text() == "precious"
+    (tmp_path / "b" / "run").mkdir(parents=True)
+    (tmp_path / "b" / "run" / "solution.csv").write_text("precious")
+    assert small_run(tmp_path / "b") == 2
+
+
+def test_stopped_early_is_said_of_runs_that_were(capsys):
+    loader = digits_loader(96)
+    for epochs in (2, 3):
+        trainer = rm.ResNetTrainer(LinearModel(), "cpu")
+        trainer.train(loader, loader, lr=0.0, scheduler="none", patience=1, epochs=epochs)
+        assert ("stopped early" in capsys.readouterr().out) == (epochs == 3)
+
+
 def test_evaluate_needs_only_the_network_of_a_run(trained, tmp_path):
     for name in ("best.pt", "last.pt"):
         shutil.copy(trained[0] / "runs" / "resnet18-gray28-synthetic-1" / name, tmp_path)
@@ -1680,7 +1727,7 @@ def test_show_opens_every_picture(trained, monkeypatch):
 
 @pytest.mark.skipif(os.name == "nt", reason="signals differ")
 def test_ctrl_c_prints_the_command_that_resumes(tmp_path):
-    arguments = [sys.executable, str(SCRIPT), *TRAIN, "--epochs", "99", "--output-dir", "x"]
+    arguments = [sys.executable, str(SCRIPT), *TRAIN, "--epochs", "99", "--output-dir=-x"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # Where the tests run in the background, the signal may be ignored, and children inherit that.
     pipes["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -1692,9 +1739,9 @@ def test_ctrl_c_prints_the_command_that_resumes(tmp_path):
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "--resume x" in errors
+    assert "--resume=-x" in errors
     assert "Traceback" not in errors
-    assert rm.load_checkpoint(tmp_path / "x" / "last.pt")["format"]
+    assert rm.load_checkpoint(tmp_path / "-x" / "last.pt")["format"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no pseudo-terminals")
@@ -1815,7 +1862,7 @@ def test_numbers_along_the_axes_of_a_comparison_do_not_overlap(factor):
 
 def test_a_comparison_shows_perfect_runs_and_odd_names():
     runs = {}
-    for name, accuracy in (("a", 99.0), ("b$x^{$", 100.0)):
+    for name, accuracy in (("a", 99.0), ("b$x^{$\udcff", 100.0)):
         rows = [{"seconds": 60.0, "val_accuracy": accuracy, "train_loss": 0.5}] * 2
         runs[name] = rows, []
     figure = rm.plot_comparison(runs)
@@ -2095,6 +2142,8 @@ MISTAKES = {
     "--lr-factor 1": "lr_factor",
     "--optimizer nesterov --momentum 0": "momentum",
     "--freeze conv1 --dataset synthetic": "conv1 got no weights",
+    "--recipe adam --elastic 0.1": "--augment",
+    "describe --model alexnet --input rgb32": "try rgb224",
     "--modell resnet18": "--modell",
     "trian": "trian",
     "--resume": "there is no run",
@@ -2246,9 +2295,10 @@ def test_each_section_runs_with_those_that_the_table_of_contents_names(room, mon
     shown.get(room, lambda: None)()
 
 
-def test_in_a_notebook_nothing_starts_by_itself(monkeypatch, tmp_path):
+@pytest.mark.parametrize("launcher", ["ipykernel_launcher.py", "colab_kernel_launcher.py"])
+def test_in_a_notebook_nothing_starts_by_itself(monkeypatch, tmp_path, launcher):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["/x/ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.setattr(sys, "argv", [f"/x/{launcher}", "-f", "kernel.json"])
     execute("".join(rooms().values()), "__main__", monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
