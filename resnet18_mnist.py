@@ -1093,7 +1093,7 @@ class ResNetTrainer:
             stopping.step(row["val_loss"])
         if self.run_dir:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            for part in self.run_dir.glob(".*.*.[0-9]*.tmp"):  # of a write at which it was killed
+            for part in self.run_dir.glob(".*.*.[0-9]*.tmp"):  # left by a kill in a write
                 part.unlink()
             self._save()  # so that a run killed in its first epoch can be resumed as well
         best_weights = None if self.run_dir else copy.deepcopy(self.tested.state_dict())
@@ -1902,7 +1902,7 @@ def command_evaluate(args: argparse.Namespace, given: dict) -> None:
         data = load_data(recipe, args.data_dir)
         print(f"{path} on {describe_device(trainer.device)}, {trainer.precision}\n")
         results = trainer.test(data.test.to(trainer.device))
-        own = [] if "average" in checkpoint else checkpoint["rows"]  # else of the mean of weights
+        own = [] if "average" in checkpoint else checkpoint["rows"]  # those are of the mean
         print(make_report(recipe, own, results))
         if len(args.runs) < 2:
             return
