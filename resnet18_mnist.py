@@ -1311,8 +1311,8 @@ def plot_comparison(runs: dict[str, tuple[list[dict], list[float]]]):
     figure, (axes,) = subplots(1, 3, 13, 4.4, "")
     for place, (name, (rows, norms)) in enumerate(runs.items()):
         look = {"color": PALETTE[place % 7], "marker": "osD^vP*"[place % 7], "ms": 4}
-        name = name.encode(errors="replace").decode()  # which may be no text
-        look["label"] = name.replace("$", r"\$")  # two of them would hold a formula
+        # A name may hold bytes that are no text, and between two dollars would be a formula.
+        look["label"] = name.encode(errors="replace").decode().replace("$", r"\$")
         seconds = list(itertools.accumulate(row["seconds"] for row in rows))
         errors = [max(0.01, 100 - row["val_accuracy"]) for row in rows]  # 0 has no logarithm
         # First epochs may be so far off that the others would be hard to tell apart.
@@ -1410,9 +1410,12 @@ def save_figure(figure, path: Path) -> None:
 
 
 def visualize_results(
-    model: nn.Module, loader, results: dict, history: dict, run_dir: Path, title: str = ""
+    model: nn.Module, loader, results: dict, history: dict, run_dir: str | Path, title: str = ""
 ) -> None:
-    """Save a run's pictures; ``results`` are what evaluate() returned for this loader."""
+    """Save a run's pictures; ``results`` are what evaluate() returned for this loader.
+
+    Raises UserError if they are not, or if the loader shuffles.
+    """
     ours = isinstance(loader, Batches)
     parts = [(loader.images, loader.labels)] if ours else [(x[:, :1], y) for x, y in loader]
     images, labels = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
