@@ -791,6 +791,14 @@ def check_finite(losses: list[Tensor]) -> Tensor:
     return values
 
 
+def set_training(model: nn.Module) -> None:
+    """Set a model to training, but keep the statistics of batch norms with frozen parameters."""
+    model.train()
+    for layer in model.modules():
+        if hasattr(layer, "running_mean") and not all(p.requires_grad for p in layer.parameters()):
+            layer.eval()
+
+
 def train_one_epoch(
     model: nn.Module,
     loader,
@@ -847,14 +855,6 @@ def train_one_epoch(
         "batch_losses": (losses / counts)[::50].tolist(),
         "images_per_second": counts.sum().item() / (time.perf_counter() - started),
     }
-
-
-def set_training(model: nn.Module) -> None:
-    """Set a model to training, but keep the statistics of batch norms with frozen parameters."""
-    model.train()
-    for layer in model.modules():
-        if hasattr(layer, "running_mean") and not all(p.requires_grad for p in layer.parameters()):
-            layer.eval()
 
 
 @torch.no_grad()
@@ -1263,6 +1263,17 @@ def classification_report(labels: Tensor, predictions: Tensor) -> str:
     return "\n".join(lines)
 
 
+def use_log_scale(axis, name: str, form="{x:,g}") -> None:
+    """Give the x or y axis a logarithmic scale with plain numbers, also within a decade."""
+    axis.set(**{f"{name}scale": "log"})
+    scale = getattr(axis, f"{name}axis")
+    low, high = scale.get_view_interval()
+    ticks = (1, 3) if high > 20 * low else (1, 1.5, 2, 3, 5, 7)  # in each decade
+    scale.get_major_locator().set_params(subs=ticks)
+    scale.set_major_formatter(form)
+    axis.minorticks_off()
+
+
 def plot_curves(history: dict[str, list], title: str = ""):
     """Plot loss and accuracy by epoch, with the best epoch and the learning-rate drops."""
     epochs, rates = history["epoch"], history["learning_rate"]
@@ -1286,17 +1297,6 @@ def plot_curves(history: dict[str, list], title: str = ""):
     axes[0, 0].legend()
     use_log_scale(axes[0, 0], "y")
     return figure
-
-
-def use_log_scale(axis, name: str, form="{x:,g}") -> None:
-    """Give the x or y axis a logarithmic scale with plain numbers, also within a decade."""
-    axis.set(**{f"{name}scale": "log"})
-    scale = getattr(axis, f"{name}axis")
-    low, high = scale.get_view_interval()
-    ticks = (1, 3) if high > 20 * low else (1, 1.5, 2, 3, 5, 7)  # in each decade
-    scale.get_major_locator().set_params(subs=ticks)
-    scale.set_major_formatter(form)
-    axis.minorticks_off()
 
 
 def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor) -> list[float]:
@@ -1582,19 +1582,19 @@ def read_kaggle(path: str | Path, labelled: bool) -> tuple[Tensor, Tensor | None
     return numbers[:, -784:].reshape(-1, 28, 28), labels
 
 
+def as_loader(trainer: ResNetTrainer, images: Tensor) -> Batches:
+    """Return images (N, 28, 28) uint8 as the trainer's network wants them; the labels say 0."""
+    recipe, labels = trainer.recipe, torch.zeros(len(images), dtype=torch.long)
+    batches = Batches(images, labels, input=recipe.input, normalize=recipe.normalize)
+    return batches.to(trainer.device)
+
+
 def write_solution(trainer: ResNetTrainer, images: Tensor, solution: Path) -> None:
     """Label images (N, 28, 28) in the format of the competition: ImageId (from 1), Label."""
     labels = trainer.test(as_loader(trainer, images))["predictions"].tolist()
     lines = [f"{number},{label}\n" for number, label in enumerate(labels, start=1)]
     write_atomically(solution, "".join(["ImageId,Label\n", *lines]).encode())
     print(f"labels of {len(labels):,} images: {solution}")
-
-
-def as_loader(trainer: ResNetTrainer, images: Tensor) -> Batches:
-    """Return images (N, 28, 28) uint8 as the trainer's network wants them; the labels say 0."""
-    recipe, labels = trainer.recipe, torch.zeros(len(images), dtype=torch.long)
-    batches = Batches(images, labels, input=recipe.input, normalize=recipe.normalize)
-    return batches.to(trainer.device)
 
 
 # %% 8. Other networks
@@ -1638,6 +1638,13 @@ def simple_cnn(num_classes: int = 10, input_channels: int = 1) -> nn.Sequential:
     return nn.Sequential(layers)
 
 
+def adapt_channels(weight: Tensor, channels: int) -> Tensor:
+    """Adapt filters (K, C, h, w) to so many channels: a gray image gets the answer as before."""
+    if weight.shape[1] == channels:
+        return weight.detach()
+    return weight.detach().sum(dim=1, keepdim=True).repeat(1, channels, 1, 1) / channels
+
+
 def build_model(recipe: Recipe) -> nn.Module:
     """Return the recipe's network with fresh weights; UserError if there is none for its input."""
     name, (channels, size) = recipe.model, INPUTS[recipe.input]
@@ -1663,17 +1670,22 @@ def build_model(recipe: Recipe) -> nn.Module:
     return model
 
 
-def adapt_channels(weight: Tensor, channels: int) -> Tensor:
-    """Adapt filters (K, C, h, w) to so many channels: a gray image gets the answer as before."""
-    if weight.shape[1] == channels:
-        return weight.detach()
-    return weight.detach().sum(dim=1, keepdim=True).repeat(1, channels, 1, 1) / channels
-
-
 def plain_name(key: str) -> str:
     """Return a weight's name without what wrappers put before it and old DenseNets put into it."""
     key = re.sub(r"^((_orig_mod|module)\.)+", "", key)
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key)
+
+
+def imagenet_weights(name: str) -> dict[str, Tensor]:
+    """Return torchvision's weights for a model, downloaded or from its cache."""
+    try:
+        weights = models.get_model_weights(name).DEFAULT
+        return weights.get_state_dict(progress=False, check_hash=True)
+    except ValueError as error:
+        raise UserError(f"torchvision has no ImageNet weights for {name}") from error
+    except (OSError, RuntimeError) as error:
+        why = f"{weights.url} cannot be downloaded ({error})"
+        raise UserError(f"{why}; get it elsewhere: --weights {Path(weights.url).name}") from error
 
 
 def load_weights(model: nn.Module, name: str, source: str) -> tuple[str, list[str]]:
@@ -1702,18 +1714,6 @@ def load_weights(model: nn.Module, name: str, source: str) -> tuple[str, list[st
     if adapted and first in fits:
         report += f"; {first} adapted to {own[first].shape[1]} channel(s)"
     return report + (f"; left fresh: {', '.join(fresh)}" if fresh else ""), fresh
-
-
-def imagenet_weights(name: str) -> dict[str, Tensor]:
-    """Return torchvision's weights for a model, downloaded or from its cache."""
-    try:
-        weights = models.get_model_weights(name).DEFAULT
-        return weights.get_state_dict(progress=False, check_hash=True)
-    except ValueError as error:
-        raise UserError(f"torchvision has no ImageNet weights for {name}") from error
-    except (OSError, RuntimeError) as error:
-        why = f"{weights.url} cannot be downloaded ({error})"
-        raise UserError(f"{why}; get it elsewhere: --weights {Path(weights.url).name}") from error
 
 
 def freeze(model: nn.Module, parts: Sequence[str], fresh: list[str]) -> None:
