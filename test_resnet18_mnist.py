@@ -1,20 +1,19 @@
-"""What resnet18_mnist.py promises, tested: `python -m pytest`. No network."""
+"""What resnet18_mnist.py promises, tested in the order of its sections: `python -m pytest`.
+
+`python test_resnet18_mnist.py` is the benchmark; --help shows what else it does.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import csv
-import errno
 import functools
-import gzip
 import io
-import itertools
 import math
 import multiprocessing
 import os
-import pickle
-import platform
 import random
 import re
 import runpy
@@ -28,12 +27,9 @@ import threading
 import time
 import traceback
 import types
-import zipfile
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -49,56 +45,39 @@ HERE = Path(__file__).parent
 SCRIPT = HERE / "resnet18_mnist.py"
 DEPTHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
-TIMINGS = ("seconds", "images_per_second")
+
+# Tests read the same synthetic digits again and again.
+draw_digits = functools.cache(rm.draw_synthetic_digits)
+rm.READERS["synthetic"] = lambda data_dir: draw_digits(None, 1200, 200)
 
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
     for name, value in NO_NETWORK.items():
         monkeypatch.setenv(name, value)
-    yield
-    plt.close("all")
 
 
-# Tests draw the same digits again and again.
-rm.draw_synthetic_digits = functools.cache(rm.draw_synthetic_digits)
+class LinearModel(nn.Sequential):
+    """A classifier that trains in no time."""
 
-# A process of its own for each command, but importing torch takes seconds: where the system can
-# fork, these processes begin as copies of one that has imported it.
-PROCESSES = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
-PROCESSES.set_forkserver_preload(["torch", "torchvision", "matplotlib.pyplot"])
-
-
-def be_the_program(arguments, cwd, out=os.devnull, err=os.devnull):
-    os.chdir(cwd)
-    os.environ.update(NO_NETWORK)
-    for path, stream in ((out, sys.stdout), (err, sys.stderr)):
-        stream.flush()
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream.fileno())
-    sys.argv = [str(SCRIPT), *arguments]
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(nn.Flatten(), nn.Linear(784, 10))
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """For tests of something else: pictures take seconds."""
-    monkeypatch.setattr(rm, "visualize_results", lambda *_: None)
+def small_loader(n=96, train=False, **settings):
+    """Return a loader of the first n synthetic digits, without augmentation unless asked for."""
+    recipe = rm.Recipe(**{"batch_size": 32, "rotate": 0, "shift": 0, **settings})
+    images, labels, *_ = draw_digits(None, 1200, 200)
+    loader = rm.TensorLoader(images[:n], labels[:n], recipe, train)
+    loader.batch_size = recipe.batch_size
+    return loader
 
 
-def run(*arguments, cwd):
-    """Run the program as a user does, in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
-        task = ([str(argument) for argument in arguments], cwd, out, err)
-        process = PROCESSES.Process(target=be_the_program, args=task)
-        process.start()
-        process.join(170)
-        process.kill()  # which does nothing to one that has ended
-        process.join()
-        printed = (path.read_text(encoding="utf-8") for path in (out, err))
-        return SimpleNamespace(
-            returncode=process.exitcode, stdout=next(printed), stderr=next(printed)
-        )
+def train_linear(loader=None, val_loader=None, **settings):
+    """Train a linear model on the CPU in float32; return it with its history."""
+    trainer = rm.ResNetTrainer(LinearModel(), "cpu", rm.Recipe(precision="fp32"))
+    return trainer, trainer.train(loader or small_loader(), val_loader, **settings)
 
 
 def write_idx(path: Path, array: torch.Tensor) -> None:
@@ -108,45 +87,65 @@ def write_idx(path: Path, array: torch.Tensor) -> None:
     path.write_bytes(header + array.to(torch.uint8).numpy().tobytes())
 
 
-def write_mnist(data_dir: Path) -> Path:
-    """Write 130 training and 40 test images in torchvision's layout."""
-    digits = rm.draw_synthetic_digits(1, 130, 40)
-    raw = data_dir / "MNIST" / "raw"
-    write_idx(raw / "train-images-idx3-ubyte", digits.train_images)
-    write_idx(raw / "train-labels-idx1-ubyte", digits.train_labels)
-    write_idx(raw / "t10k-images-idx3-ubyte", digits.test_images)
-    write_idx(raw / "t10k-labels-idx1-ubyte", digits.test_labels)
-    return data_dir
+IDX = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 
 
-@pytest.fixture
-def mnist_dir(tmp_path):
-    return write_mnist(tmp_path / "data")
+def write_mnist(raw: Path) -> Path:
+    """Write 130 training and 40 test images as MNIST's four files; return the folder."""
+    for name, array in zip(IDX, draw_digits(None, 130, 40), strict=True):
+        write_idx(raw / f"{name}-ubyte", array)
+    return raw
 
 
-def write_kaggle(digits: rm.Digits, folder: Path, train_rows: int) -> torch.Tensor:
+def write_kaggle(digits, folder: Path, train_rows: int) -> torch.Tensor:
     """Write digits as train.csv and test.csv of the Digit Recognizer; return the test's labels."""
-    images = torch.cat([digits.train_images, digits.test_images]).flatten(1).numpy()
-    labels = torch.cat([digits.train_labels, digits.test_labels])
-    table = np.column_stack([labels.numpy(), images])
+    images, labels = torch.cat(digits[::2]).flatten(1), torch.cat(digits[1::2])
+    table = torch.cat([labels[:, None], images], dim=1).numpy()
     pixels = ",".join(f"pixel{i}" for i in range(784))
-    plain = {"fmt": "%d", "delimiter": ",", "comments": ""}
-    np.savetxt(folder / "train.csv", table[:train_rows], header="label," + pixels, **plain)
-    np.savetxt(folder / "test.csv", table[train_rows:, 1:], header=pixels, **plain)
+    how = {"fmt": "%d", "delimiter": ",", "comments": ""}
+    np.savetxt(folder / "train.csv", table[:train_rows], header="label," + pixels, **how)
+    np.savetxt(folder / "test.csv", table[train_rows:, 1:], header=pixels, **how)
     return labels[train_rows:]
 
 
-TRAIN = ("--dataset", "synthetic", "--limit", "320", "--val-size", "100", "--batch-size", "64")
+TRAIN = [
+    "--dataset=synthetic",
+    "--limit=320",
+    "--val-size=100",
+    "--batch-size=64",
+    "--precision=fp32",
+]
+
+
+def train_lenet(folder: Path, *flags, epochs=3) -> int:
+    """Train LeNet-5 by the command line, in this process; return the exit code."""
+    command = [*TRAIN, "--model", "lenet5", "--epochs", epochs, "--output-dir", folder, *flags]
+    return rm.main([str(part) for part in command])
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """For tests of something else: pictures take seconds."""
+    monkeypatch.setattr(rm, "visualize_results", lambda *_: None)
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A folder in which a user has trained for two epochs: (folder, what was printed)."""
-    cwd = tmp_path_factory.mktemp("user")
-    return cwd, run("train", *TRAIN, "--epochs", 2, cwd=cwd)
+    """The folder of a ResNet-18 that was trained for two epochs."""
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    assert rm.main([*TRAIN, "--epochs", "2", "--output-dir", str(folder)]) == 0
+    return folder
 
 
-# Network
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def without_times(history: dict) -> dict:
+    return {name: values for name, values in history.items() if name != "seconds"}
+
+
+# 1. Network
 
 
 @pytest.mark.parametrize("name", DEPTHS)
@@ -158,30 +157,31 @@ def test_parameter_counts(name):
         "resnet101": (44_549_160, 42_514_378, 42_512_970),
         "resnet152": (60_192_808, 58_158_026, 58_156_618),
     }[name]
+    build = rm.NETWORKS[name]
     with torch.device("meta"):
         models = (
-            rm.MODELS[name](num_classes=1000, input_channels=3),
-            rm.MODELS[name](),
-            rm.MODELS[name](input_channels=3, stem="cifar"),
+            build(num_classes=1000, input_channels=3),
+            build(num_classes=10, input_channels=1),
+            build(num_classes=10, input_channels=3, stem="cifar"),
         )
     assert tuple(sum(p.numel() for p in model.parameters()) for model in models) == expected
 
 
 @pytest.mark.parametrize("name", DEPTHS)
-@pytest.mark.parametrize("stem", rm.STEMS)
-@pytest.mark.parametrize(("channels", "size"), rm.INPUTS.values())
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+@pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32)])
 def test_shapes_of_every_stage(name, stem, channels, size):
     with torch.device("meta"):
-        model = rm.MODELS[name](input_channels=channels, stem=stem)
-        maps = model.get_feature_maps(torch.empty(2, channels, size, size))
-        logits = model(torch.empty(2, channels, size, size))
-    side = math.ceil(math.ceil(size / 2) / 2) if stem == "imagenet" else size
+        model = rm.NETWORKS[name](input_channels=channels, stem=stem)
+        images = torch.empty(2, channels, size, size)
+        maps, logits = model.get_feature_maps(images), model(images)
+    side = math.ceil(size / 4) if stem == "imagenet" else size
     expected = {"stem": (2, 64, side, side)}
-    width = 512 // 64 if name in DEPTHS[:2] else 4 * 512 // 64
+    expansion = 1 if name in DEPTHS[:2] else 4
     for number, planes in enumerate((64, 128, 256, 512), start=1):
-        expected[f"layer{number}"] = (2, planes * width // 8, side, side)
+        expected[f"layer{number}"] = (2, planes * expansion, side, side)
         side = math.ceil(side / 2)
-    expected["pooled"] = (2, 64 * width)
+    expected["pooled"] = (2, 512 * expansion)
     assert {key: tuple(value.shape) for key, value in maps.items()} == expected
     assert logits.shape == (2, 10)
 
@@ -191,25 +191,19 @@ def test_weights_logits_and_gradients_are_torchvisions(name):
     torch.manual_seed(0)
     theirs = getattr(torchvision.models, name)()
     torch.manual_seed(0)
-    ours = rm.MODELS[name](num_classes=1000, input_channels=3)
+    ours = rm.NETWORKS[name](num_classes=1000, input_channels=3)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     for key, value in theirs.state_dict().items():  # the same seed gives the same initial weights
         assert torch.equal(ours.state_dict()[key], value), key
-
-    torch.manual_seed(1)
     images, labels = torch.randn(2, 3, 64, 64), torch.tensor([3, 7])
     for model in (ours, theirs):
         F.cross_entropy(model.train()(images), labels).backward()
     for (key, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad), key
-
-    fresh = rm.MODELS[name](num_classes=1000, input_channels=3)
-    fresh.load_state_dict(theirs.state_dict(), strict=True)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     with torch.no_grad():
-        logits = [model.eval()(images) for model in (ours, theirs, fresh)]
-    assert torch.equal(logits[0], logits[1])
-    assert torch.equal(logits[0], logits[2])
+        assert torch.equal(ours.eval()(images), theirs.eval()(images))
+        assert torch.equal(ours(images), ours.fc(ours.get_feature_maps(images)["pooled"]))
 
 
 def test_initial_weights_are_hes():
@@ -219,59 +213,630 @@ def test_initial_weights_are_hes():
             assert module.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.05)
         elif isinstance(module, nn.BatchNorm2d):
             assert bool((module.weight == 1).all())
-            assert bool((module.bias == 0).all())
-
-
-@pytest.mark.parametrize(("size", "stride"), [(1, 1), (1, 2), (2, 2)])
-def test_small_maps_take_a_short_cut_to_the_same_result(size, stride):
-    torch.manual_seed(0)
-    ours = rm.conv3x3(5, 7, stride)
-    x = torch.randn(4, 5, size, size, requires_grad=True)
-    outputs = [ours.train()(x), ours.eval()(x)]  # eval: the convolution itself
-    weigh = torch.randn(4, 7, 1, 1)
-    gradients = [torch.autograd.grad((y * weigh).sum(), (x, ours.weight)) for y in outputs]
-    assert torch.allclose(*outputs, atol=1e-5)
-    for one, other in zip(*gradients, strict=True):
-        assert torch.allclose(one, other, atol=1e-5)
-
-
-@pytest.mark.parametrize(("name", "convolutions"), [("resnet34", 33), ("resnet50", 49)])
-def test_plain_networks_have_the_same_layers_without_shortcuts(name, convolutions):
-    torch.manual_seed(0)
-    plain, residual = rm.MODELS[name](plain=True), rm.MODELS[name]()
-    assert sum(isinstance(part, nn.Conv2d) for part in plain.modules()) == convolutions
-    kept = [key for key in residual.state_dict() if "downsample" not in key]
-    assert list(plain.state_dict()) == kept
-    block, x = plain.layer1[-1].eval(), torch.randn(2, plain.layer1[-1].conv1.in_channels, 7, 7)
-    for part in (block.bn2, getattr(block, "bn3", block.bn2)):
-        nn.init.zeros_(part.weight)
-    assert not block(x).any()  # where a residual block would hand x on
 
 
 def test_unknown_stem_is_refused():
-    with pytest.raises(ValueError, match="stem"):
+    with pytest.raises(ValueError, match="stem 'vgg'"):
         rm.resnet18(stem="vgg")
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+def test_tools_for_models_work_before_and_after_training(stem):
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model, images = rm.resnet18(stem=stem), torch.randn(2, 1, 28, 28)
+    for trained in (False, True):
+        if trained:
+            rm.ResNetTrainer(model, "cpu").train(small_loader(4, batch_size=4), epochs=1)
+        model.train()
+        features = create_feature_extractor(model, ["layer1", "layer4"])(images)
+        assert list(features) == ["layer1", "layer4"]
+        model.eval()
+        with torch.no_grad():
+            logits = model(images)
+            assert torch.equal(torch.fx.symbolic_trace(model)(images), logits)
+            assert torch.allclose(torch.jit.trace(model, images)(images), logits, atol=1e-5)
+            exported = torch.export.export(model, (images,)).module()
+            assert torch.allclose(exported(images), logits, atol=1e-5)
+
+
+# 2. Recipe
+
+
+WRONG = [{"lr": -1.0}, {"lr": math.nan}, {"lr": "high"}, {"batch_size": 1}, {"epochs": 0}]
+WRONG += [{"seed": -1}, {"seed": 2**70}, {"plain": 1}, {"val_size": 0.5}]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_settings_are_refused(wrong):
+    with pytest.raises(rm.UserError, match=next(iter(wrong))):
+        rm.Recipe(**wrong)
+
+
+def test_one_line_adds_an_entry_to_each_table(tmp_path, monkeypatch, no_pictures):
+    monkeypatch.setitem(rm.OPTIMIZERS, "adagrad", lambda p, r: torch.optim.Adagrad(p))
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR
+    monkeypatch.setitem(rm.SCHEDULERS, "cosine", lambda o, n, r: cosine(o, r.epochs * n))
+    monkeypatch.setitem(rm.INPUTS, "gray20", (1, 20, "cifar"))
+    monkeypatch.setitem(rm.NETWORKS, "small", lambda input_channels, stem: LinearModel())
+    monkeypatch.setitem(rm.READERS, "mine", lambda data_dir: draw_digits(None, 130, 40))
+    monkeypatch.setitem(rm.RECIPES, "new", rm.Recipe(optimizer="adagrad", scheduler="cosine"))
+    flags = "--recipe new --input gray20 --dataset mine --model resnet18 --epochs 2"
+    assert rm.main([*flags.split(), "--output-dir", str(tmp_path / "run")]) == 0
+    last = load(tmp_path / "run" / "last.pt")
+    assert last["history"]["learning_rate"] == pytest.approx([0.01, 0.005])
+    assert "sum" in next(iter(last["optimizer"]["state"].values()))  # which is Adagrad's
+    assert last["model"]["conv1.weight"].shape == (64, 1, 3, 3)
+
+
+# 3. Data
+
+
+def test_split_is_disjoint_complete_and_stratified():
+    labels = torch.randint(0, 10, (1003,), generator=torch.Generator().manual_seed(0))
+    train, val = rm.split_by_class(labels, 100, seed=5)
+    assert torch.equal(torch.cat([train, val]).sort().values, torch.arange(1003))
+    share = labels[val].bincount(minlength=10) - labels.bincount(minlength=10) * 100 / 1003
+    assert len(val) == 100
+    assert share.abs().max() < 1
+    assert torch.equal(val, rm.split_by_class(labels, 100, seed=5)[1])
+    assert not torch.equal(val, rm.split_by_class(labels, 100, seed=6)[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        ({}, [1100, 100, 200]),
+        ({"limit": 77}, [77, 100, 200]),
+        ({"val_size": 60}, [1140, 60, 200]),
+        ({"select_on": "test"}, [1200, 200, 200]),
+    ],
+)
+def test_loaders_have_the_right_counts(changes, sizes):
+    data = rm.MNISTDataLoader(dataset="synthetic", **changes)
+    assert [len(part.labels) for part in (data.train, data.val, data.test)] == sizes
+    assert data.get_data_loaders() == (data.train, data.test)
+    assert (data.val is data.test) == ("select_on" in changes)
+    assert len(list(data.train)) == len(data.train)
+
+
+def test_impossible_data_are_refused():
+    for wrong in ({"val_size": 1200}, {"limit": 1}, {"select_on": "tset"}, {"dataset": "mnits"}):
+        with pytest.raises(rm.UserError):
+            rm.MNISTDataLoader(**{"dataset": "synthetic", **wrong})
+
+
+def test_batches_are_what_torchvisions_transforms_give():
+    images, labels, *_ = draw_digits(None, 1200, 200)
+    v1 = torchvision.transforms
+    for name, mean, std in (("mnist", 0.1307, 0.3081), ("kaggle", 0.131, 0.3085), ("none", 0, 1)):
+        end = [v1.ToTensor(), v1.Normalize((mean,), (std,))]
+        gray, rgb = v1.Compose(end), v1.Compose([v1.Resize((32, 32)), v1.Grayscale(3), *end])
+        for kind, transform in (("gray28", gray), ("rgb32", rgb)):
+            batch, targets = next(iter(small_loader(10, input=kind, normalize=name)))
+            pictures = [Image.fromarray(image.numpy()) for image in images[:10]]
+            expected = torch.stack([transform(picture) for picture in pictures])
+            assert batch.shape == expected.shape
+            assert (batch - expected).abs().max() < 1.01 / 255 / std  # one step of gray
+            assert torch.equal(targets, labels[:10])
+
+
+def test_order_and_augmentation_come_from_torchs_seed():
+    def draw(seed):
+        torch.manual_seed(seed)
+        loader = small_loader(300, train=True, rotate=10, shift=0.1)
+        images, labels = zip(*loader, strict=True)
+        return torch.cat(images), torch.cat(labels)
+
+    first, again, other = draw(0), draw(0), draw(1)
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[1], other[1])
+    assert torch.equal(first[1].sort().values, other[1].sort().values)
+
+
+@pytest.mark.parametrize(
+    ("n", "train", "sizes"),
+    [(5, False, [2, 2, 1]), (5, True, [2, 2]), (6, True, [2, 2, 2]), (3, True, [2])],
+)
+def test_a_lone_last_image_is_left_out_in_training_only(n, train, sizes):
+    # Batch norm on a 1×1 map cannot train on one image.
+    loader = small_loader(n, train, batch_size=2)
+    assert [len(labels) for _, labels in loader] == sizes
+    assert len(loader) == len(sizes)
+
+
+def test_processes_share_an_epoch_in_equal_parts():
+    for n in (96, 97):
+        parts = []
+        for rank in range(2):
+            torch.manual_seed(0)
+            loader = small_loader(n, train=True).to("cpu", rank, 2)
+            parts.append([labels for _, labels in loader])
+        torch.manual_seed(0)
+        whole = [labels for _, labels in small_loader(n, train=True)][: len(parts[0])]
+        for one, other, both in zip(*parts, whole, strict=True):
+            assert len(one) == len(other) == 16
+            assert torch.equal(torch.cat([one, other]).sort().values, both.sort().values)
+
+
+def distort(images, moves=(0, 0, 0), stretches=(0, 0, 0), **settings):
+    """Distort images by these draws and nothing else."""
+    draws = torch.tensor([[moves], [stretches]]).float().expand(2, len(images), 3)
+    return rm.distort(images, draws, rm.Recipe(**{"rotate": 0, "shift": 0, **settings}))
+
+
+def centre(image):
+    """Centre of mass of an image (H, W): row, column."""
+    where = torch.arange(float(len(image)))
+    return [(image.sum(axis) @ where / image.sum()).item() for axis in (1, 0)]
+
+
+def test_augmentation_rotates_shifts_and_stretches():
+    point = torch.zeros(1, 1, 40, 40)
+    point[..., 19:21, 19:21] = 1
+    shifted = distort(point, (0, -1, 0.5), shift=0.1)
+    assert centre(shifted[0, 0]) == pytest.approx([19.5 - 2, 19.5 + 4], abs=1e-3)
+    bar = torch.zeros(1, 1, 40, 40)
+    bar[..., 8:32, 18:22] = 1
+    rotate = functools.partial(
+        torchvision.transforms.functional.rotate,
+        interpolation=torchvision.transforms.InterpolationMode.BILINEAR,
+    )
+    assert torch.allclose(distort(bar, (1, 0, 0), rotate=10), rotate(bar, 10), atol=1e-4)
+    assert torch.allclose(distort(bar, (0.5, 0, 0), rotate=40), rotate(bar, 20), atol=1e-4)
+    wide, slanted, high = (
+        distort(bar, stretches=draws, stretch=0.5) for draws in ((-1, 0, 0), (0, 1, 0), (0, 0, -1))
+    )
+    assert (wide.sum() / bar.sum()).item() == pytest.approx(2, abs=0.05)
+    assert (high.sum() / bar.sum()).item() == pytest.approx(40 / 24, abs=0.05)  # cut by the edges
+    assert (slanted.sum() / bar.sum()).item() == pytest.approx(1, abs=0.05)
+    upper = F.pad(slanted[0, 0, :20], (0, 0, 0, 20))
+    assert abs(centre(upper)[1] - 19.5) > 2  # it leans to one side
+
+
+def test_augmentation_draws_for_each_image_and_keeps_the_digit():
+    image = draw_digits(None, 130, 40)[0][:1, None].float() / 255
+    draws = 2 * torch.rand(2, 64, 3, generator=torch.Generator().manual_seed(0)) - 1
+    recipe = rm.Recipe(stretch=0.1)
+    changed = rm.distort(image.expand(64, -1, -1, -1), draws, recipe)
+    assert len(torch.unique(changed.flatten(1), dim=0)) == 64
+    assert (changed.sum(dim=(1, 2, 3)) / image.sum() - 1).abs().max() < 0.35  # no stroke is lost
+    unchanged = rm.distort(image, torch.zeros(2, 1, 3), recipe)
+    assert torch.allclose(unchanged, image, atol=1e-5)
+
+
+def test_mnist_files_are_read(tmp_path):
+    write_mnist(tmp_path / "MNIST" / "raw")
+    for ours, theirs in zip(rm.read_mnist(tmp_path), draw_digits(None, 130, 40), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+DAMAGES = {
+    "cut": lambda raw: cut(raw / "train-images-idx3-ubyte"),
+    "magic": lambda raw: (raw / "t10k-labels-idx1-ubyte").write_bytes(b"\xff" * 48),
+    "empty": lambda raw: (raw / "t10k-images-idx3-ubyte").write_bytes(b""),
+    "missing": lambda raw: (raw / "train-labels-idx1-ubyte").unlink(),
+    "counts": lambda raw: write_idx(raw / "train-labels-idx1-ubyte", torch.zeros(7)),
+    "label": lambda raw: write_idx(raw / "t10k-labels-idx1-ubyte", torch.full((40,), 11)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_mnist_is_named_and_never_replaced(tmp_path, damage):
+    raw = write_mnist(tmp_path / "MNIST" / "raw")
+    DAMAGES[damage](raw)
+    for read in (rm.read_mnist, rm.mnist_or_synthetic):
+        with pytest.raises(rm.UserError, match=re.escape(str(raw))) as caught:
+            read(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_two_programs_may_download_at_once(tmp_path, monkeypatch):
+    def download(url, download_root, filename, md5):
+        name = filename.removesuffix(".gz")
+        index = [f"{kind}-ubyte" for kind in IDX].index(name)
+        Path(download_root, name).write_bytes(b"")
+        time.sleep(0.05)  # half a file, for the other program to see
+        write_idx(Path(download_root, name), draw_digits(None, 130, 40)[index])
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", download)
+    draw_digits(None, 130, 40)
+    failures = []
+
+    def program():
+        try:
+            rm.read_mnist(tmp_path / "new")
+        except rm.UserError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=program) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["MNIST"]
+
+
+# 4. Device
+
+
+def test_devices_and_number_formats():
+    assert rm.pick_device("cpu") == torch.device("cpu")
+    assert rm.pick_device().type in ("cuda", "mps", "xpu", "cpu")
+    for name in ("cuda:99", "tpu", "meta"):
+        with pytest.raises(rm.UserError, match=name):
+            rm.pick_device(name)
+    assert rm.pick_precision("fp32", torch.device("cpu")) == "fp32"
+    assert rm.pick_precision("auto", torch.device("cpu")) in ("fp32", "bf16")
+    with pytest.raises(rm.UserError, match="fp8"):
+        rm.pick_precision("fp8", torch.device("cpu"))
+
+
+def test_a_gpu_without_kernels_is_named_and_passed_over(monkeypatch, capsys):
+    def ones(*size, device):
+        if torch.device(device).type == "cuda":
+            raise RuntimeError("CUDA error: no kernel image is available for execution\nmore")
+        return torch.zeros(*size)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla K80")
+    monkeypatch.setattr(torch, "ones", ones)
+    with pytest.raises(rm.UserError, match=r"Tesla K80.*--device cpu.*no kernel image"):
+        rm.pick_device("cuda")
+    assert rm.pick_device().type == "cpu"
+    assert re.fullmatch("WARNING: .*Tesla K80.*\n", capsys.readouterr().err)
+
+
+# 5. Training
+
+
+@pytest.mark.parametrize(("kind", "n", "epochs"), [("gray28", 32, 40), ("rgb32", 6, 15)])
+def test_overfits_few_images(kind, n, epochs):
+    torch.manual_seed(0)
+    model, loader = rm.build_model(rm.Recipe(input=kind)), small_loader(n, input=kind, batch_size=n)
+    rm.train_model(model, loader, device="cpu", epochs=epochs, scheduler="none", patience=99)
+    assert rm.compute_accuracy(model, loader) == 100
+
+
+def test_usage_from_python():
+    data = rm.MNISTDataLoader(batch_size=64, dataset="synthetic", limit=256, rotate=0, shift=0)
+    train_loader, test_loader = data.get_data_loaders()
+    model = rm.resnet18(num_classes=10, input_channels=1)
+    for p in model.layer1.parameters():
+        p.requires_grad = False
+    before = copy.deepcopy(model.state_dict())
+    trainer = rm.ResNetTrainer(model, device="cpu")
+    history = trainer.train(
+        train_loader, val_loader=data.val, num_epochs=2, learning_rate=0.001, weight_decay=1e-4
+    )
+    assert history["epoch"] == [1, 2]
+    assert history["learning_rate"] == [0.001, 0.001]
+    assert history["train_loss"][1] < history["train_loss"][0]
+    after = model.state_dict()
+    for key, value in before.items():  # frozen batch norms keep their statistics, too
+        if not key.endswith("num_batches_tracked"):
+            assert torch.equal(value, after[key]) == key.startswith("layer1"), key
+    results = trainer.test(test_loader)
+    assert set(results) == {"loss", "accuracy", "predictions", "labels", "probabilities"}
+    maps = model.get_feature_maps(next(iter(test_loader))[0])
+    assert list(maps) == ["stem", "layer1", "layer2", "layer3", "layer4", "pooled"]
+
+
+def test_plain_dataloaders_work_and_the_best_weights_are_kept():
+    images, labels, *_ = draw_digits(None, 130, 40)
+    images = images[:, None].float() / 255
+    train = DataLoader(TensorDataset(images, labels), 32, shuffle=True)
+    # With wrong labels to validate on, the better the model learns the higher its loss.
+    val = DataLoader(TensorDataset(images, (labels + 1) % 10), 32)
+    model = LinearModel()
+    history = rm.train_model(model, train, val, "cpu", epochs=9, lr_patience=9, precision="fp32")
+    assert history["val_loss"] == sorted(history["val_loss"])
+    assert rm.best_epoch(history) == 1
+    assert len(history["epoch"]) == 6  # patience is 5
+    assert rm.evaluate(model, val)["loss"] == pytest.approx(history["val_loss"][0])
+    assert not model.training
+
+
+def test_evaluate_against_plain_arithmetic():
+    model, loader = LinearModel(), small_loader(100)
+    results = rm.evaluate(model, loader)
+    logits = torch.cat([model(images) for images, _ in loader])
+    labels = torch.cat([labels for _, labels in loader])
+    assert results["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert results["accuracy"] == (logits.argmax(1) == labels).sum().item()  # of 100
+    assert torch.equal(results["labels"], labels)
+    assert torch.equal(results["predictions"], logits.argmax(dim=1))
+    assert torch.allclose(results["probabilities"], logits.softmax(dim=1))
+    assert model.training
+
+
+def test_training_reports_the_means_over_its_batches():
+    model, loader = LinearModel(), small_loader(100)  # batches of 32, 32, 32 and 4
+    expected = rm.evaluate(model, loader)
+    done = rm.train_one_epoch(model, loader, torch.optim.SGD(model.parameters(), lr=0.0))
+    assert done["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert done["accuracy"] == pytest.approx(expected["accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [((48, 1), (12, 4)), ((32, 3), (32, 5))], ids=["equal", "short last group"]
+)
+def test_accumulated_batches_are_one_large_batch(one, other):
+    weights = []
+    for batch_size, accumulate in (one, other):
+        model, loader = LinearModel(), small_loader(96, batch_size=batch_size)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        rm.train_one_epoch(model, loader, optimizer, accumulate=accumulate)
+        weights.append(model[1].weight.detach())
+    assert torch.allclose(*weights, atol=1e-6)
+
+
+def test_plateau_lowers_the_rate_and_patience_ends_the_run(monkeypatch, capsys):
+    losses, real = iter([1.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.4]), rm.evaluate
+    monkeypatch.setattr(rm, "evaluate", lambda *a: {**real(*a), "loss": next(losses)})
+    loader = small_loader(32)
+    settings = {"epochs": 7, "lr_patience": 1, "patience": 4, "lr_factor": 0.1}
+    _, history = train_linear(loader, loader, **settings)
+    assert history["val_loss"] == [1.0, 0.5, 0.6, 0.7, 0.8, 0.9]
+    assert history["learning_rate"] == pytest.approx([0.01, 0.01, 0.01, 0.01, 0.001, 0.001])
+    printed = capsys.readouterr().out
+    assert printed.endswith("stopped early: no lower loss for 4 epochs\n")
+    assert [line.endswith("best") for line in printed.splitlines()[1:4]] == [True, True, False]
+
+
+def test_schedules():
+    def rates(scheduler, **settings):
+        seen = []
+
+        class Watched(torch.optim.SGD):
+            def step(self):
+                seen.append(self.param_groups[0]["lr"])
+                return super().step()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(rm.OPTIMIZERS, "sgd", lambda p, r: Watched(p))
+            train_linear(epochs=4, lr=1.0, scheduler=scheduler, patience=9, **settings)
+        return seen  # of three updates in each of four epochs
+
+    assert rates("none") == [1.0] * 12
+    assert rates("step", lr_step=2, lr_factor=0.1) == pytest.approx([1.0] * 6 + [0.1] * 6)
+    cycle = rates("onecycle")
+    assert max(cycle) == pytest.approx(1, abs=0.02)
+    assert cycle[0] == pytest.approx(1 / 25)
+    assert cycle[-1] < 0.001
+
+
+@pytest.mark.parametrize("optimizer", rm.OPTIMIZERS)
+def test_every_optimizer_learns_under_every_schedule(optimizer):
+    for scheduler in rm.SCHEDULERS:
+        _, history = train_linear(optimizer=optimizer, scheduler=scheduler, lr=0.003, epochs=3)
+        assert history["train_loss"][2] < 0.9 * history["train_loss"][0], scheduler
+
+
+def test_optimizers_get_the_recipes_values(tmp_path):
+    for name, expected in (("sgd", {"momentum": 0.8}), ("adam", {}), ("adamw", {})):
+        trainer = rm.ResNetTrainer(LinearModel(), "cpu", run_dir=tmp_path)
+        trainer.train(small_loader(), epochs=1, optimizer=name, momentum=0.8, lr=0.5)
+        (group,) = load(tmp_path / "last.pt")["optimizer"]["param_groups"]
+        assert {**group, **expected, "lr": 0.5, "weight_decay": 5e-4} == group
+
+
+@pytest.mark.parametrize("build", [rm.resnet18, rm.resnet50, torchvision.models.resnet18])
+def test_fast_small_maps_give_the_same_gradients(build):
+    torch.manual_seed(0)
+    model, images = build(num_classes=10), torch.randn(4, 1, 28, 28)
+    images = images.expand(-1, model.conv1.in_channels, -1, -1)
+    gradients = []
+    for context in (contextlib.nullcontext(), rm.fast_small_maps(model)):
+        model.zero_grad()
+        with context:
+            F.cross_entropy(model.double()(images.double()), torch.arange(4)).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.allclose(one, other, atol=1e-9)
+    assert not any("forward" in vars(layer) for layer in model.modules())
+
+
+@pytest.mark.parametrize(("stride", "size"), [(1, 1), (2, 1), (2, 2)])
+def test_fast_small_maps_are_products_in_training_only(monkeypatch, stride, size):
+    conv, x, products = rm.conv3x3(5, 7, stride), torch.randn(4, 5, size, size), []
+    expected, linear = conv(x), F.linear
+    monkeypatch.setattr(F, "linear", lambda *a: products.append(1) or linear(*a))
+    with rm.fast_small_maps(conv):
+        assert torch.allclose(conv(x), expected, atol=1e-5)
+        assert torch.equal(conv.eval()(x), expected)
+    assert len(products) == 1
+
+
+def test_training_leaves_the_random_numbers_of_others_alone():
+    """Else networks made after it, in a loop over seeds say, would all be the same."""
+    model, loader = nn.Sequential(nn.Dropout(), LinearModel()), small_loader(train=True, rotate=9)
+    before = torch.get_rng_state()
+    rm.train_model(model, loader, loader, "cpu", epochs=2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", ["ours", "plain"])
+def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, kind):
+    def train(folder, epochs, resume=None):
+        torch.manual_seed(0 if resume is None else 99)
+        data = small_loader(96, train=True, rotate=10, shift=0.1)
+        if kind == "plain":
+            data = DataLoader(TensorDataset(data.images / 255, data.labels), 32, shuffle=True)
+        model = nn.Sequential(rm.resnet18(num_classes=16), nn.Dropout(), nn.Linear(16, 10))
+        trainer = rm.ResNetTrainer(model, "cpu", rm.Recipe(lr=0.05), folder)
+        trainer.train(data, small_loader(50), resume=resume, epochs=epochs)
+        return load(folder / "last.pt"), model.state_dict()
+
+    whole, whole_best = train(tmp_path / "whole", 4)
+    half, _ = train(tmp_path / "parts", 2)
+    parts, parts_best = train(tmp_path / "parts", 4, resume=half)
+    assert without_times(parts["history"]) == without_times(whole["history"])
+    assert parts["scheduler"] == whole["scheduler"]
+    for key, value in whole["model"].items():
+        assert torch.equal(value, parts["model"][key]), key
+        assert torch.equal(whole_best[key], parts_best[key]), key
+    momenta = [part["optimizer"]["state"].values() for part in (parts, whole)]
+    for ours, theirs in zip(*momenta, strict=True):
+        assert torch.equal(ours["momentum_buffer"], theirs["momentum_buffer"])
+
+
+def test_checkpoints_hold_contiguous_weights_and_the_history(trained):
+    best = load(trained / "best.pt")
+    assert all(weight.is_contiguous() for weight in best["model"].values())
+    assert rm.best_epoch(best["history"]) == len(best["history"]["epoch"])
+    with open(trained / "history.csv") as file:
+        rows = list(csv.DictReader(file))
+    history = load(trained / "last.pt")["history"]
+    assert [float(row["val_loss"]) for row in rows] == history["val_loss"]
+    assert 0 < float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "file").write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    full_disk = pytest.raises(rm.UserError, match=r"cannot write .*file: .*No space left")
+    with full_disk, rm.open_atomically(tmp_path / "file") as file:
+        file.write(b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_divergence_ends_in_a_line_and_training_can_go_on():
+    trainer = rm.ResNetTrainer(LinearModel(), "cpu", rm.Recipe(precision="fp32"))
+    with pytest.raises(rm.UserError, match=r"loss became (nan|inf).*lower --lr"):
+        trainer.train(small_loader(), lr=1e9, epochs=3)
+    trainer.model.load_state_dict(LinearModel().state_dict())
+    history = trainer.train(small_loader(), lr=0.01, epochs=1)
+    assert math.isfinite(history["val_loss"][0])
+
+
+def test_progress_is_live_on_a_terminal_only(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    clock = iter(range(100))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    for terminal in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stdout", terminal)
+        model = LinearModel()
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        rm.train_one_epoch(model, small_loader(), optimizer)
+        shown = re.sub("\033\\[K", "", terminal.getvalue()).split("\r")[1:]
+        assert len(shown) == (3 if terminal.isatty() else 0)
+        assert all(re.fullmatch(r"batch \d/3  loss [\d.]+", line) for line in shown[:-1])
+        assert not any(shown[-1:])  # the line is cleared in the end
+
+
+# A process of its own for each command, but importing torch takes seconds: where the system can
+# fork, these processes begin as copies of one that has imported it.
+PROCESSES = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+PROCESSES.set_forkserver_preload(["torch", "torchvision", "matplotlib.figure"])
+
+
+def be_the_program(arguments, cwd):
+    """Run the program as a user does; for a process of its own."""
+    os.chdir(cwd)
+    os.environ.update(NO_NETWORK)
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.argv = [str(SCRIPT), *map(str, arguments)]
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def torchrun(*arguments, cwd):
+    """Run two processes of the program, as torchrun does; return what was printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", SCRIPT]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    how = {"capture_output": True, "text": True, "timeout": 170}
+    done = subprocess.run([*command, *map(str, arguments)], cwd=cwd, env=environment, **how)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_two_processes_learn_what_one_learns(tmp_path, no_pictures):
+    """LeNet-5 has no batch norm, which processes compute on their own parts of the batch."""
+    write_mnist(tmp_path / "MNIST" / "raw")
+    flags = ["--val-size=20", "--batch-size=22", "--model=lenet5", "--epochs=2", "--lr=0.1"]
+    printed = torchrun(*flags, "--data-dir=.", "--output-dir=two", cwd=tmp_path)
+    assert printed.count("test accuracy") == 1
+    assert "processes: 2" in printed
+    where = [f"--data-dir={tmp_path}", f"--output-dir={tmp_path / 'one'}"]
+    assert rm.main([*flags, *where]) == 0
+    one, two = (load(tmp_path / name / "last.pt") for name in ("one", "two"))
+    for column in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
+        assert two["history"][column] == pytest.approx(one["history"][column], rel=1e-4)
+    for key, weight in one["model"].items():
+        assert torch.allclose(weight, two["model"][key], atol=1e-4), key
+
+
+# 6. Report and pictures
+
+
+def test_report_against_counts_by_hand():
+    labels, predictions = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 0, 1, 1, 2, 2])
+    results = {"labels": labels, "predictions": predictions, "probabilities": torch.zeros(6, 10)}
+    counts = rm.confusion_matrix(results)[:3, :3].tolist()
+    assert counts == [[2, 1, 0], [0, 1, 1], [0, 0, 1]]
+    lines = rm.classification_report(results).splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines[1:13] if line}
+    assert rows["0"] == ["100.00", "66.67", "80.00", "3"]
+    assert rows["1"] == ["50.00", "50.00", "50.00", "2"]
+    assert rows["2"] == ["50.00", "100.00", "66.67", "1"]
+    assert rows["9"] == ["0.00", "0.00", "0.00", "0"]
+    assert rows["macro"] == ["20.00", "21.67", "19.67", "6"]
+    assert rows["weighted"] == ["75.00", "66.67", "67.78", "6"]
+    assert max(map(len, lines)) <= 80
+
+
+def test_pictures_are_not_blank(trained):
+    for name in ("curves", "confusion_matrix", "predictions", "mistakes", "feature_maps"):
+        with Image.open(trained / f"{name}.png") as picture:
+            assert min(picture.size) > 300, name
+            assert len(picture.convert("RGB").getcolors(2**24)) > 50, name
+
+
+def test_pictures_take_their_classes_from_the_results(tmp_path):
+    # The 26 letters of EMNIST, say; and a perfect run has no mistakes to draw.
+    labels = torch.arange(52) % 26
+    loader = [(torch.rand(52, 1, 28, 28), labels)]
+    results = {"labels": labels, "predictions": labels, "accuracy": 100.0}
+    results["probabilities"] = F.one_hot(labels).float()
+    _, history = train_linear(epochs=1)
+    rm.visualize_results(LinearModel(), loader, results, history, tmp_path, "a $title^{")
+    assert (tmp_path / "mistakes.png").exists()
+    assert rm.confusion_matrix(results).shape == (26, 26)
+    assert re.search(r"(?m)^25 +100.00", rm.classification_report(results))
+    with pytest.raises(rm.UserError, match="order"):
+        rm.visualize_results(LinearModel(), small_loader(52), results, history, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 @pytest.mark.parametrize(("channels", "size", "stem"), [(1, 28, "imagenet"), (3, 32, "cifar")])
-def test_layer_table_agrees_with_first_principles(name, channels, size, stem):
-    model = rm.MODELS[name](input_channels=channels, stem=stem)
-    flops = 0
+def test_layer_table_agrees_with_pytorchs_counter(name, channels, size, stem):
+    from torch.utils.flop_counter import FlopCounterMode
 
-    def count(module, inputs, output):
-        nonlocal flops  # each weight meets each output position once: a product and a sum
-        flops += 2 * module.weight.numel() * output[0, 0].numel()
-
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.register_forward_hook(count)
-    rows = rm.list_layers(model, torch.zeros(1, channels, size, size))
+    model = rm.NETWORKS[name](input_channels=channels, stem=stem)
+    image = torch.zeros(1, channels, size, size)
+    layers = rm.list_layers(model, image)
     assert model.training  # as it was before
-    assert sum(row.flops for row in rows) == flops
-    assert sum(row.parameters for row in rows) == sum(p.numel() for p in model.parameters())
-    assert rows[0].name == "conv1"
-    assert rows[-1][:3] == ("fc", "10", sum(p.numel() for p in model.fc.parameters()))
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(image)
+    assert sum(layer.flops for layer in layers) == counter.get_total_flops()
+    parameters = sum(p.numel() for p in model.parameters())
+    assert sum(layer.parameters for layer in layers) == parameters
+    assert layers[0].name == "conv1"
+    assert layers[-1][:2] == ("fc", "10")
 
 
 def test_live_share_is_the_share_of_weights_with_a_gradient():
@@ -286,1183 +851,109 @@ def test_live_share_is_the_share_of_weights_with_a_gradient():
     assert shares["layer4.1.conv2"] == pytest.approx(1 / 9)
 
 
-def test_visualize_model_architecture_prints_the_totals(capsys):
-    rm.visualize_model_architecture(rm.resnet18())
+def test_describe_prints_the_totals_and_the_readme_shows_them(capsys):
+    assert rm.main(["describe"]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"total +11,175,370 +66,021,888", printed)
-    assert "1×28×28" in printed
-    assert max(map(len, printed.splitlines())) <= 88
-
-
-# Data
-
-
-def test_loaders_have_the_right_counts_and_a_stratified_split():
-    data = rm.MNISTDataLoader(dataset="synthetic", seed=3)
-    assert data.get_data_loaders() == (data.train, data.test)
-    assert [len(part.labels) for part in (data.train, data.val, data.test)] == [5500, 500, 1000]
-    assert data.val.labels.bincount().tolist() == [50] * 10
-    assert sum(len(labels) for _, labels in data.train) == 5500
-    assert len(list(data.train)) == len(data.train) == math.ceil(5500 / 128)
-
-
-def test_split_is_disjoint_complete_and_stratified():
-    labels = torch.randint(0, 10, (1003,), generator=torch.Generator().manual_seed(0))
-    train, val = rm.split_by_class(labels, 100, seed=5)
-    assert len(val) == 100
-    assert torch.equal(torch.cat([train, val]).sort().values, torch.arange(1003))
-    share = labels[val].bincount(minlength=10) - labels.bincount(minlength=10) * 100 / 1003
-    assert share.abs().max() < 1
-    assert torch.equal(val, rm.split_by_class(labels, 100, seed=5)[1])
-    assert not torch.equal(val, rm.split_by_class(labels, 100, seed=6)[1])
-
-
-def test_select_on_test_trains_on_all_and_selects_on_the_test_set():
-    data = rm.MNISTDataLoader(dataset="synthetic", select_on="test")
-    assert len(data.train.labels) == 6000
-    assert data.val is data.test
-
-
-def test_limit_keeps_so_many_training_images_only():
-    data = rm.MNISTDataLoader(dataset="synthetic", limit=77)
-    assert [len(part.labels) for part in (data.train, data.val, data.test)] == [77, 500, 1000]
-
-
-@pytest.mark.parametrize("val_size", [0, 6000])
-def test_impossible_split_is_refused(val_size):
-    with pytest.raises(rm.UserError, match="val-size"):
-        rm.MNISTDataLoader(dataset="synthetic", val_size=val_size)
-
-
-def test_batches_are_what_torchvisions_transforms_give():
-    digits = rm.draw_synthetic_digits(0, 10, 10)
-    v1 = torchvision.transforms
-    normalise = v1.Normalize((0.1307,), (0.3081,))
-    gray = v1.Compose([v1.ToTensor(), normalise])
-    rgb = v1.Compose([v1.Resize((32, 32)), v1.Grayscale(3), v1.ToTensor(), normalise])
-    for name, transform in (("gray28", gray), ("rgb32", rgb)):
-        images, labels = next(iter(rm.Batches(*digits[1:3], 10, name)))
-        pictures = [Image.fromarray(image.numpy()) for image in digits.train_images]
-        expected = torch.stack([transform(picture) for picture in pictures])
-        assert images.shape == expected.shape
-        assert (images - expected).abs().max() < 1.01 / 255 / 0.3081  # one step of gray
-        assert torch.equal(labels, digits.train_labels)
-
-
-@pytest.mark.parametrize(
-    ("normalize", "mean", "std"), [("mnist", 0.1307, 0.3081), ("kaggle", 0.131, 0.3085)]
-)
-def test_normalised_images_have_the_mean_and_deviation_that_they_should(normalize, mean, std):
-    pixels = torch.tensor([0, 255]).repeat(392).view(1, 28, 28).byte()  # mean ½, deviation ½
-    images, _ = next(iter(rm.Batches(pixels, torch.zeros(1).long(), normalize=normalize)))
-    assert images.mean().item() == pytest.approx((0.5 - mean) / std, abs=1e-4)
-    assert images.std(correction=0).item() == pytest.approx(0.5 / std, abs=1e-4)
-
-
-def test_images_may_be_only_scaled():
-    pixels = torch.tensor([0, 255]).repeat(392).view(1, 28, 28).byte()
-    images, _ = next(iter(rm.Batches(pixels, torch.zeros(1).long(), normalize="none")))
-    assert sorted(images.unique().tolist()) == [0, 1]
-
-
-def test_same_seed_same_batches_and_each_epoch_another_order():
-    def labels(seed, epoch):
-        batches = rm.MNISTDataLoader(dataset="synthetic", augment=True, limit=300, seed=seed).train
-        torch.manual_seed(1000 * seed + epoch)
-        images, labels = zip(*batches, strict=True)
-        return torch.cat(images), torch.cat(labels)
-
-    first, again, later, other = labels(0, 1), labels(0, 1), labels(0, 2), labels(1, 1)
-    assert torch.equal(first[0], again[0])
-    assert torch.equal(first[1], again[1])
-    assert not torch.equal(first[1], later[1])
-    assert torch.equal(first[1].sort().values, later[1].sort().values)
-    assert not torch.equal(first[1], other[1])
-
-
-def test_every_epoch_has_another_order():
-    batches = rm.MNISTDataLoader(dataset="synthetic", limit=300).train
-    first, second = (torch.cat([labels for _, labels in batches]) for _ in range(2))
-    assert not torch.equal(first, second)
-
-
-@pytest.mark.parametrize(
-    ("n", "sizes"), [(5, [2, 3]), (6, [2, 2, 2]), (7, [2, 2, 3]), (1, [1]), (3, [3])]
-)
-def test_last_short_batch_is_kept_and_a_lone_image_joins(n, sizes):
-    batches = rm.Batches(torch.zeros(n, 28, 28).byte(), torch.arange(n), 2)
-    assert [len(labels) for _, labels in batches] == sizes
-    assert len(batches) == len(sizes)
-    assert torch.cat([labels for _, labels in batches]).tolist() == list(range(n))
-
-
-def distort(images, place=None, pull=None, **by):
-    """Distort one image with chosen draws, by default none."""
-    draws = [place or [0] * 3, [0] * 3, pull or [0] * 72]
-    return rm.distort(images, [torch.tensor([draw]).float() for draw in draws], rm.Distortion(**by))
-
-
-def test_augmentation_draws_for_each_image_and_keeps_the_digit():
-    image = rm.draw_synthetic_digits(0, 1, 1).train_images[:, None].float() / 255
-    generator = torch.Generator().manual_seed(0)
-    draws = [2 * torch.rand(64, n, generator=generator) - 1 for n in (3, 3, 72)]
-    for by in (rm.Distortion(10, 0.1), rm.Distortion(0, 0, 0.1), rm.Distortion(0, 0, 0, 0.05)):
-        changed = rm.distort(image.expand(64, -1, -1, -1), draws, by)
-        assert len(torch.unique(changed.flatten(1), dim=0)) == 64
-        ink = changed.sum(dim=(1, 2, 3)) / image.sum()
-        assert (ink - 1).abs().max() < 0.35  # no stroke is lost
-        unchanged = distort(image, **by._asdict())
-        assert torch.allclose(unchanged, image, atol=1e-5)
-
-
-def centre(image):
-    """Centre of mass of an image (H, W): row, column."""
-    where = torch.arange(float(len(image)))
-    return [(image.sum(axis) @ where / image.sum()).item() for axis in (1, 0)]
-
-
-def test_augmentation_turns_by_degrees_and_shifts_stretches_and_bends_by_parts_of_the_side():
-    point = torch.zeros(1, 1, 40, 40)
-    point[..., 19:21, 19:21] = 1
-    shifted = distort(point, [0, -1, 0.5], shift=0.1)
-    assert centre(shifted[0, 0]) == pytest.approx([19.5 - 2, 19.5 + 4], abs=1e-3)
-    bent = distort(point, pull=[-1] * 36 + [0.5] * 36, elastic=0.1)  # all pulled alike
-    assert centre(bent[0, 0]) == pytest.approx([19.5 - 2, 19.5 + 4], abs=1e-3)
-    bar = torch.zeros(1, 1, 40, 40)
-    bar[..., 8:32, 18:22] = 1
-    bilinear = torchvision.transforms.InterpolationMode.BILINEAR
-    rotate = torchvision.transforms.functional.rotate
-    assert torch.allclose(distort(bar, [1, 0, 0], rotate=10), rotate(bar, 10, bilinear), atol=1e-4)
-    half = distort(bar, [0.5, 1, 1], rotate=40)
-    assert torch.allclose(half, rotate(bar, 20, bilinear), atol=1e-4)
-    wide, slanted, high = (
-        rm.distort(bar, [torch.zeros(1, 3), torch.tensor([draw]), None], rm.Distortion(stretch=0.5))
-        for draw in ([-1.0, 0, 0], [0, 1.0, 0], [0, 0, -1.0])
-    )
-    assert (wide.sum() / bar.sum()).item() == pytest.approx(2, abs=0.05)
-    assert (high.sum() / bar.sum()).item() == pytest.approx(40 / 24, abs=0.05)  # cut by the edges
-    assert (slanted.sum() / bar.sum()).item() == pytest.approx(1, abs=0.05)
-    columns = torch.arange(40.0)
-    upper = slanted[0, 0, :20].sum(0)
-    assert abs((upper @ columns / upper.sum()).item() - 19.5) > 2  # it leans to one side
-
-
-def test_synthetic_digits_come_from_the_seed():
-    draw = rm.draw_synthetic_digits.__wrapped__
-    one, same, other = (draw(seed, 50, 20) for seed in (1, 1, 2))
-    assert torch.equal(one.train_images, same.train_images)
-    assert not torch.equal(one.train_images, other.train_images)
-    assert not torch.equal(one.train_images[:20], one.test_images)
-    assert one.train_labels.bincount().tolist() == [5] * 10
-    assert one.train_images.dtype == torch.uint8
-    assert (one.train_images.flatten(1).amax(1) > 200).all()  # no font without digits
-    assert len(torch.unique(one.train_images.flatten(1), dim=0)) == 50
-
-
-def test_mnist_files_are_read(mnist_dir):
-    expected = rm.draw_synthetic_digits(1, 130, 40)
-    digits = rm.load_digits("auto", mnist_dir, 0)
-    assert digits.name == "mnist"
-    for ours, theirs in zip(digits[1:], expected[1:], strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def damage_truncated(raw):
-    path = raw / "train-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:-1000])
-    return path.name
-
-
-def damage_magic(raw):
-    path = raw / "t10k-labels-idx1-ubyte"
-    path.write_bytes(b"\xff" * 4 + path.read_bytes()[4:])
-    return path.name
-
-
-def damage_empty(raw):
-    path = raw / "t10k-images-idx3-ubyte"
-    path.write_bytes(b"")
-    return path.name
-
-
-def damage_missing(raw):
-    (raw / "train-labels-idx1-ubyte").unlink()
-    return "train-labels-idx1-ubyte"
-
-
-def damage_counts(raw):
-    write_idx(raw / "train-labels-idx1-ubyte", torch.zeros(7))
-    return "train-labels"
-
-
-def damage_label(raw):
-    write_idx(raw / "t10k-labels-idx1-ubyte", torch.full((40,), 11))
-    return "t10k-labels"
-
-
-def damage_packed(raw):
-    for path in list(raw.iterdir()):
-        Path(f"{path}.gz").write_bytes(gzip.compress(path.read_bytes()))
-        path.unlink()
-    return "train-images-idx3-ubyte.gz"
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        damage_truncated,
-        damage_magic,
-        damage_empty,
-        damage_missing,
-        damage_counts,
-        damage_label,
-        damage_packed,
-    ],
-)
-@pytest.mark.parametrize("dataset", ["auto", "mnist"])
-def test_damaged_files_are_named(mnist_dir, damage, dataset):
-    name = damage(mnist_dir / "MNIST" / "raw")
-    with pytest.raises(rm.UserError, match=re.escape(name)) as caught:
-        rm.load_digits(dataset, mnist_dir, 0)
-    assert "\n" not in str(caught.value)
-
-
-# Device and recipe
-
-
-def test_pick_device():
-    assert rm.pick_device("cpu") == torch.device("cpu")
-    assert rm.pick_device(None).type in ("cuda", "mps", "xpu", "cpu")
-    with pytest.raises(rm.UserError, match=r"'cuda:99'.*cpu"):
-        rm.pick_device("cuda:99")
-    assert rm.pick_precision("fp32", torch.device("cpu")) == "fp32"
-    assert rm.pick_precision("auto", torch.device("cpu")) in ("fp32", "bf16")
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"optimizer": "lion"},
-        {"lr": -1.0},
-        {"lr": math.nan},
-        {"batch_size": 1},
-        {"epochs": 0},
-        {"seed": -1},
-        {"precision": "fp8"},
-    ],
-)
-def test_wrong_hyperparameters_are_refused(wrong):
-    with pytest.raises(rm.UserError, match=next(iter(wrong))):
-        rm.Recipe(**wrong)
-
-
-# Training
-
-
-class LinearModel(nn.Sequential):
-    """A classifier that trains in no time."""
-
-    def __init__(self):
-        torch.manual_seed(0)
-        super().__init__(nn.Flatten(), nn.Linear(784, 10))
-
-
-def digits_loader(n=128, batch_size=32, augment=False, **options):
-    digits = rm.draw_synthetic_digits(0, n, 10)
-    options |= {"augment": rm.Distortion(10, 0.1)} if augment else {}
-    return rm.Batches(digits.train_images, digits.train_labels, batch_size, **options)
-
-
-@pytest.mark.parametrize(("name", "n"), [("gray28", 64), ("rgb32", 8)])
-def test_overfits_few_images(name, n):
-    torch.manual_seed(0)
-    model, loader = rm.build_model(rm.Recipe(input=name)), digits_loader(n, n, input=name)
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
-    for _ in range(50 if n == 64 else 30):
-        rm.train_one_epoch(model, loader, optimizer)
-    assert rm.compute_accuracy(model, loader) == 100
-
-
-def test_usage_of_the_readme():
-    data = rm.MNISTDataLoader(batch_size=64, dataset="synthetic", limit=128, val_size=50)
-    train_loader, test_loader = data.get_data_loaders()
-    model = rm.resnet18(num_classes=10, input_channels=1)
-    for p in model.layer1.parameters():
-        p.requires_grad = False
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    trainer = rm.ResNetTrainer(model, device="cpu", quiet=True)
-    history = trainer.train(
-        train_loader, val_loader=data.val, num_epochs=2, learning_rate=0.001, weight_decay=1e-4
-    )
-    assert history["epoch"] == [1, 2]
-    assert history["learning_rate"] == [0.001, 0.001]
-    assert history["train_loss"][1] < history["train_loss"][0]
-    assert torch.equal(before["layer1.0.conv1.weight"], model.layer1[0].conv1.weight)
-    assert not torch.equal(before["layer2.0.conv1.weight"], model.layer2[0].conv1.weight)
-    results = trainer.test(test_loader)
-    assert {"loss", "accuracy", "predictions", "labels"} <= results.keys()
-    right = (results["predictions"] == results["labels"]).float().mean().item()
-    assert results["accuracy"] == pytest.approx(100 * right)
-    images, _ = next(iter(test_loader))
-    assert list(model.get_feature_maps(images))[:2] == ["stem", "layer1"]
-
-
-def test_plain_dataloader_works_and_training_ends_on_the_best_weights():
-    digits = rm.draw_synthetic_digits(0, 200, 50)
-    images = digits.train_images[:, None].float() / 255
-    train = DataLoader(TensorDataset(images, digits.train_labels), 32, shuffle=True)
-    # With wrong labels to validate on, the better the model learns the higher its loss.
-    val = DataLoader(TensorDataset(images, (digits.train_labels + 1) % 10), 32)
-    model = LinearModel()
-    history = rm.train_model(model, train, val, "cpu", epochs=9, lr_patience=9, precision="fp32")
-    assert history["val_loss"] == sorted(history["val_loss"])
-    assert history["best"] == [True, False, False, False, False, False]
-    assert rm.evaluate(model, val)["loss"] == pytest.approx(history["val_loss"][0])
-    assert not model.training
-
-
-def test_evaluate_against_plain_arithmetic():
-    model, loader = LinearModel(), digits_loader(100)
-    results = rm.evaluate(model, loader)
-    logits = torch.cat([model(images) for images, _ in loader])
-    labels = torch.cat([labels for _, labels in loader])
-    assert results["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
-    assert torch.equal(results["predictions"], logits.argmax(dim=1))
-    assert torch.allclose(results["probabilities"].sum(dim=1), torch.ones(100))
-    assert model.training
-
-
-def test_accumulated_small_batches_are_one_large_batch():
-    weights = []
-    for batch_size, accumulate in ((48, 1), (12, 4)):
-        model, loader = LinearModel(), digits_loader(96, batch_size)
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        rm.train_one_epoch(model, loader, optimizer, accumulate=accumulate)
-        weights.append(model[1].weight.detach())
-    assert torch.allclose(*weights, atol=1e-6)
-
-
-def test_a_short_last_group_of_accumulated_batches_counts_as_a_whole_update():
-    weights = []
-    for accumulate in (3, 5):  # both: one group of three batches
-        model, loader = LinearModel(), digits_loader(36, 12)
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        rm.train_one_epoch(model, loader, optimizer, accumulate=accumulate)
-        weights.append(model[1].weight.detach())
-    assert torch.equal(*weights)
-
-
-def test_early_stopping_on_made_up_losses():
-    stopping = rm.EarlyStopping(patience=2)
-    told = [(stopping.step(loss), stopping.should_stop) for loss in (3, 2, 2.5, 1, 1, 1.5)]
-    assert told == [
-        (True, False),
-        (True, False),
-        (False, False),
-        (True, False),
-        (False, False),
-        (False, True),
-    ]
-
-
-def test_plateau_lowers_the_rate_and_patience_ends_the_run(monkeypatch):
-    losses = iter([1.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.4])
-    real = rm.evaluate
-    monkeypatch.setattr(rm, "evaluate", lambda *a: {**real(*a), "loss": next(losses)})
-    loader = digits_loader(32)
-    history = rm.train_model(
-        LinearModel(), loader, loader, "cpu", epochs=7, lr_patience=1, patience=4, lr_factor=0.1
-    )
-    assert history["val_loss"] == [1.0, 0.5, 0.6, 0.7, 0.8, 0.9]
-    assert history["best"] == [True, True, False, False, False, False]
-    assert history["learning_rate"] == pytest.approx([0.01, 0.01, 0.01, 0.01, 0.001, 0.001])
-
-
-def rates(epochs=4, **options):
-    """The learning rate at each of three updates of each epoch."""
-    recipe = rm.Recipe(lr=1.0, epochs=epochs, **options)
-    optimizer = rm.make_optimizer(LinearModel(), recipe)
-    scheduler = rm.make_scheduler(optimizer, recipe, updates_per_epoch=3)
-    seen = []
-    for _ in range(epochs):
-        for _ in range(3):
-            seen.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            if recipe.scheduler in rm.PER_UPDATE:
-                scheduler.step()
-        if recipe.scheduler == "step":
-            scheduler.step()
-    return seen
-
-
-def test_schedules():
-    assert rates(scheduler="none") == [1.0] * 12
-    assert rates(scheduler="step", lr_step=2, lr_factor=0.1) == pytest.approx([1.0] * 6 + [0.1] * 6)
-    cosine = [(1 + math.cos(math.pi * update / 12)) / 2 for update in range(12)]
-    assert rates(scheduler="cosine") == pytest.approx(cosine)
-    cycle = rates(scheduler="onecycle")
-    assert max(cycle) == pytest.approx(1, abs=0.02)
-    assert cycle[0] == pytest.approx(1 / 25)
-    assert cycle[-1] < 0.001
-
-
-@pytest.mark.parametrize("scheduler", rm.SCHEDULERS)
-@pytest.mark.parametrize("optimizer", rm.OPTIMIZERS)
-def test_every_optimizer_learns_under_every_schedule(scheduler, optimizer):
-    how = {"scheduler": scheduler, "optimizer": optimizer, "lr": 0.003}
-    loader = digits_loader(64, 16)
-    history = rm.train_model(LinearModel(), loader, device="cpu", num_epochs=3, **how)
-    assert history["train_loss"][2] < 0.9 * history["train_loss"][0]
-
-
-def test_optimizers_are_those_of_torch_with_the_recipes_values():
-    adam = rm.make_optimizer(LinearModel(), rm.RECIPES["adam"])
-    assert type(adam) is torch.optim.Adam
-    assert (adam.defaults["lr"], adam.defaults["weight_decay"]) == (0.001, 0)
-    sgd = rm.make_optimizer(LinearModel(), rm.Recipe(momentum=0.8))
-    assert type(sgd) is torch.optim.SGD
-    assert (sgd.defaults["momentum"], sgd.defaults["weight_decay"]) == (0.8, 5e-4)
-
-
-def test_label_smoothing_is_in_the_training_loss():
-    losses = []
-    for smoothing in (0.0, 0.2):
-        model, loader = LinearModel(), digits_loader(32)
-        images, labels = next(iter(loader))
-        expected = F.cross_entropy(model(images), labels, label_smoothing=smoothing).item()
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        done = rm.train_one_epoch(model, loader, optimizer, label_smoothing=smoothing)
-        assert done["loss"] == pytest.approx(expected)
-        losses.append(done["loss"])
-    assert losses[0] != losses[1]
-
-
-def test_history_holds_what_other_scripts_log(tmp_path):
-    recipe = rm.replace(rm.RECIPES["adam"], epochs=2, precision="fp32")
-    loader = digits_loader(204, 2)
-    trainer = rm.ResNetTrainer(LinearModel(), "cpu", recipe, tmp_path, quiet=True)
-    history = trainer.train(loader, loader)
-    with open(tmp_path / "history.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows[0]["batch_losses"].split()) == 3  # of batches 1, 51 and 101 of 102
-    assert float(rows[1]["batch_losses"].split()[0]) < float(rows[0]["batch_losses"].split()[0])
-    after = rm.compute_accuracy(trainer.model, loader)
-    assert after == max(history["train_accuracy_after"])
-    assert float(rows[1]["train_accuracy_after"]) == history["train_accuracy_after"][1]
-
-
-def test_training_images_are_tested_without_augmentation():
-    recipe = rm.Recipe(epochs=1, test_train=True, lr=1e-9, precision="fp32")
-    model, loader = LinearModel(), digits_loader(256, augment=True, shuffle=True)
-    trainer = rm.ResNetTrainer(model, "cpu", recipe, quiet=True)
-    history = trainer.train(loader, loader)
-    plain = rm.compute_accuracy(LinearModel(), digits_loader(256))
-    assert history["train_accuracy_after"] == [plain]
-    assert history["train_accuracy"] != [plain]
-
-
-@pytest.mark.parametrize("norm", [nn.BatchNorm1d(10), nn.BatchNorm1d(10, affine=False)])
-def test_batch_norms_are_frozen_with_their_parameters(norm):
-    model = nn.Sequential(LinearModel(), norm)
-    norm.requires_grad_(False)
-    rm.train_model(model, digits_loader(), device="cpu", epochs=1)
-    assert bool((norm.running_mean == 0).all()) == norm.affine
-
-
-def test_tta_is_the_mean_over_nine_shifts_and_leaves_training_alone(tmp_path):
-    model, loader = LinearModel(), digits_loader(96)
-    images, labels = next(iter(loader))
-    height, width = images.shape[2:]
-    total = torch.zeros(len(images), 10)
-    for down in (-1, 0, 1):
-        for right in (-1, 0, 1):
-            rows = (torch.arange(height) + down).clamp(0, height - 1)
-            columns = (torch.arange(width) + right).clamp(0, width - 1)
-            total += model(images[:, :, rows][..., columns]).log_softmax(dim=1)
-    once, nine = (rm.evaluate(model, [(images, labels)], tta=tta) for tta in (False, True))
-    assert torch.allclose(nine["probabilities"], (total / 9).softmax(dim=1), atol=1e-6)
-    assert not torch.allclose(nine["probabilities"], once["probabilities"], atol=1e-3)
-    histories = []
-    for tta in (False, True):
-        torch.manual_seed(0)
-        trainer = rm.ResNetTrainer(LinearModel(), "cpu", rm.Recipe(tta=tta, epochs=2), quiet=True)
-        histories.append(trainer.train(loader, loader))
-    losses = [history["val_loss"] for history in histories]
-    assert losses[0] == losses[1]  # the epoch is chosen without
-    assert trainer.test(loader)["loss"] != losses[1][-1]
-
-
-def test_run_dir_may_be_a_string_and_is_made(tmp_path):
-    loader, folder = digits_loader(), tmp_path / "not" / "yet"
-    rm.ResNetTrainer(LinearModel(), "cpu", None, str(folder), True).train(loader, epochs=1)
-    assert {p.name for p in folder.iterdir()} == {"best.pt", "last.pt", "history.csv"}
-
-
-def test_average_of_the_weights_is_what_is_tested_and_kept(tmp_path):
-    """ema: after each step the average moves to the weights by 1 - ema."""
-    recipe = rm.Recipe(epochs=2, ema=0.75, scheduler="none", precision="fp32")
-    loader, seen = digits_loader(96), []
-
-    class Watched(LinearModel):
-        def forward(self, x):
-            if self.training and torch.is_grad_enabled():
-                seen.append(self[1].bias.detach().clone())
-            return super().forward(x)
-
-    trainer = rm.ResNetTrainer(Watched(), "cpu", recipe, tmp_path, quiet=True)
-    history = trainer.train(loader, loader)
-    last = rm.load_checkpoint(tmp_path / "last.pt")
-    after = [*seen[1:], last["model"]["1.bias"]]  # what each of the six steps left
-    average = after[0]
-    for weights in after[1:]:
-        average = 0.75 * average + 0.25 * weights
-    assert torch.allclose(last["average"]["module.1.bias"], average, atol=1e-6)
-    kept = rm.load_checkpoint(tmp_path / "best.pt")
-    assert torch.allclose(kept["model"]["1.bias"], average, atol=1e-6)
-    assert torch.equal(trainer.model[1].bias, kept["model"]["1.bias"])
-    assert trainer.test(loader)["loss"] == pytest.approx(history["val_loss"][-1])
-
-
-@pytest.mark.parametrize(("frozen", "momentum"), [(False, 0.1), (True, 0.1), (False, 0.001)])
-def test_average_has_batch_norm_statistics_of_its_own(frozen, momentum):
-    """A mean of weights computes other maps than any of them: their statistics do not fit."""
-    torch.manual_seed(0)
-    layers = [
-        (rm.conv3x3(i, 8, 2), nn.BatchNorm2d(8, momentum=momentum), nn.ReLU()) for i in (1, 8, 8)
-    ]
-    model = nn.Sequential(*itertools.chain(*layers), nn.Flatten(), nn.Linear(8 * 16, 10))
-    model[1].requires_grad_(not frozen)
-    digits = rm.draw_synthetic_digits(0, 1000, 10)
-    loader = rm.Batches(digits.train_images, digits.train_labels, 16, shuffle=True)
-    recipe = rm.Recipe(epochs=3, ema=0.99, lr=0.1, scheduler="none", precision="fp32")
-    rm.ResNetTrainer(model, "cpu", recipe, quiet=True).train(loader)
-    images = next(iter(rm.Batches(*digits[1:3], 1000)))[0]
-    for place in (1, 4, 7):
-        with torch.no_grad():
-            maps = model[:place](images)
-        scales = model[place].running_var.sqrt() / maps.std(dim=(0, 2, 3))
-        if frozen and place == 1:  # it keeps what it came with
-            assert torch.equal(model[1].running_var, torch.ones(8))
-        else:
-            assert torch.allclose(scales, torch.ones(8), atol=0.1)
-            assert model[place].momentum == momentum
-
-
-def test_training_leaves_the_random_numbers_of_others_alone():
-    """Else networks made after it, in a loop over seeds say, would all be the same."""
-    loader, epochs = digits_loader(96, shuffle=True, augment=True), []
-    model = nn.Sequential(nn.Dropout(), LinearModel())
-    loader.set_epoch = epochs.append
-    loader.sampler = SimpleNamespace(set_epoch=epochs.append)
-    before = torch.get_rng_state()
-    rm.ResNetTrainer(model, "cpu", quiet=True).train(loader, loader, epochs=2)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert epochs == [1, 1, 2, 2]  # as samplers of others need it
-
-
-def test_training_goes_on_after_a_divergence():
-    loader = digits_loader(96)
-    trainer = rm.ResNetTrainer(LinearModel(), "cpu", rm.Recipe(precision="fp32"), quiet=True)
-    with pytest.raises(rm.UserError, match="epoch"):
-        trainer.train(loader, loader, ema=0.9, lr=1e9, epochs=3)
-    trainer.model.load_state_dict(LinearModel().state_dict())
-    assert math.isfinite(trainer.train(loader, loader, ema=0, lr=0.01, epochs=1)["val_loss"][0])
-
-
-def test_a_compiled_step_gives_the_same_numbers():
-    loader, losses = digits_loader(96), []
-    for compiled in (False, True):
-        recipe = rm.Recipe(epochs=2, compile=compiled, precision="fp32")
-        history = rm.ResNetTrainer(LinearModel(), "cpu", recipe, quiet=True).train(loader, loader)
-        losses.append(history["val_loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-@pytest.mark.parametrize("n", [96, 97, 99])
-def test_ranks_share_every_batch_and_an_epoch_is_a_permutation(n):
-    parts = []
-    for rank in range(2):
-        torch.manual_seed(0)
-        batches = rm.Batches(torch.zeros(n, 28, 28).byte(), torch.arange(n), 32, shuffle=True)
-        parts.append([labels for _, labels in batches.to("cpu", rank, 2)])
-    torch.manual_seed(0)
-    whole = rm.Batches(torch.zeros(n, 28, 28).byte(), torch.arange(n), 32, shuffle=True)
-    together = [part for batch in zip(*parts, strict=True) for part in batch]
-    assert torch.equal(torch.cat(together), torch.cat([labels for _, labels in whole]))
-    assert min(map(len, together)) >= 2
-    assert torch.equal(torch.cat(together).sort().values, torch.arange(n))
-
-
-def torchrun(*arguments, cwd):
-    """Start two processes of the program, as torchrun does."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    environment = {**os.environ, **NO_NETWORK, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    arguments = [SCRIPT, *map(str, arguments)]
-    return subprocess.Popen([*command, *arguments], cwd=cwd, env=environment, **pipes)
-
-
-def test_two_ranks_learn_what_one_process_learns(tmp_path):
-    """LeNet-5 has no batch norm, which ranks compute on their own parts of the batch."""
-    flags = (*TRAIN, "--model", "lenet5", "--epochs", 2, "--precision", "fp32", "--lr", 0.1)
-    two = torchrun(*flags, "--limit", 319, "--output-dir", "two", cwd=tmp_path)
-    run(*flags, "--limit", 319, "--output-dir", "one", cwd=tmp_path)
-    printed, said = two.communicate(timeout=170)
-    assert two.returncode == 0, said
-    assert printed.count("test accuracy") == 1
-    assert "2 processes" in printed
-    one, two = (rm.load_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two"))
-    for row, other in zip(one["rows"], two["rows"], strict=True):
-        for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
-            assert row[name] == pytest.approx(other[name], rel=1e-4), name
-        assert row["batch_losses"] == pytest.approx(other["batch_losses"], rel=1e-4)
-    for key, weight in one["model"].items():
-        assert torch.allclose(weight, two["model"][key], atol=1e-4), key
-
-
-def test_two_ranks_write_one_solution_for_kaggle(tmp_path):
-    write_kaggle(rm.draw_synthetic_digits(1, 130, 40), tmp_path, 100)
-    flags = ("--dataset", "kaggle", "--data-dir", ".", "--model", "lenet5", "--epochs", 1)
-    job = torchrun(*flags, "--val-size", 10, "--output-dir", "run", cwd=tmp_path)
-    _, said = job.communicate(timeout=170)
-    assert job.returncode == 0, said
-    assert len((tmp_path / "run" / "solution.csv").read_text().splitlines()) == 71
-
-
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for the processes in /proc")
-def test_a_rank_that_dies_ends_the_job(tmp_path):
-    flags = ("--dataset", "synthetic", "--model", "lenet5", "--epochs", 1000, "--patience", 1000)
-    job = torchrun(*flags, cwd=tmp_path)
-    for line in job.stdout:
-        if re.match(" +3 ", line):  # the third epoch has ended
-            break
-    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    os.kill(int(children[1]), signal.SIGKILL)
-    _, said = job.communicate(timeout=60)
-    assert job.returncode != 0
-    assert "SIGKILL" in said or "Signal 9" in said
-    assert len(rm.load_checkpoint(next(tmp_path.glob("runs/*/last.pt")))["rows"]) >= 3
-
-
-def test_recipes_are_listed(capsys):
-    assert rm.main(["--recipe", "list"]) == 0
-    printed = capsys.readouterr().out
-    assert all(re.search(rf"^{name} ", printed, re.MULTILINE) for name in rm.RECIPES)
+    assert re.search(r"total +11,175,370 +66,021,888 +37.8%", printed)
     assert max(map(len, printed.splitlines())) <= 80
+    assert printed.strip() in (HERE / "README.md").read_text(encoding="utf-8")
+    assert rm.main(["describe", "--model", "resnet34", "--input", "rgb32"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"total +21,282,122 .* 100.0%", printed)
+    assert "3×32×32" in printed
 
 
-def test_flags_win_over_the_recipe(tmp_path, monkeypatch, capsys, no_pictures):
-    monkeypatch.chdir(tmp_path)
-    flags = ["--recipe", "adam", "--lr", "0.02", "--optimizer", "rmsprop", "--model", "lenet5"]
-    assert rm.main([*TRAIN, *flags, "--epochs", "1", "--output-dir", "x", "--quiet"]) == 0
-    recipe = rm.load_checkpoint(tmp_path / "x" / "last.pt")["recipe"]
-    kept = ("optimizer", "lr", "weight_decay", "normalize", "augment", "scheduler")
-    assert [getattr(recipe, name) for name in kept] == ["rmsprop", 0.02, 0.0, "none", False, "none"]
+# 7. Other digits
 
 
-def without_timings(rows):
-    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
+def test_synthetic_digits_are_always_the_same():
+    images, labels, test_images, _ = rm.draw_synthetic_digits(None, 50, 20)
+    assert torch.equal(images, rm.draw_synthetic_digits(None, 50, 20)[0])
+    assert not torch.equal(images[:20], test_images)
+    assert labels.bincount().tolist() == [5] * 10
+    assert (images.flatten(1).amax(1) > 200).all()  # no font without digits
+    assert len(torch.unique(images.flatten(1), dim=0)) == 50
 
 
-@pytest.mark.parametrize("loader", ["ours", "plain"])
-def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, loader):
-    recipe = rm.Recipe(epochs=4, augment=True, lr_patience=0, lr=0.05)
-    val = digits_loader(50)
-
-    def train(folder, epochs, resume=None):
-        folder.mkdir(exist_ok=True)
-        torch.manual_seed(0 if resume is None else 99)
-        data = digits_loader(96, shuffle=True, augment=True)
-        if loader == "plain":
-            data = DataLoader(TensorDataset(data.images / 255, data.labels), 32, shuffle=True)
-        model = nn.Sequential(rm.resnet18(num_classes=16), nn.Dropout(), nn.Linear(16, 10))
-        trainer = rm.ResNetTrainer(model, "cpu", recipe, folder, quiet=True)
-        trainer.train(data, val, resume=resume, epochs=epochs)
-        return rm.load_checkpoint(folder / "last.pt"), model.state_dict()
-
-    whole, whole_best = train(tmp_path / "whole", 4)
-    half, _ = train(tmp_path / "parts", 2)
-    parts, parts_best = train(tmp_path / "parts", 4, resume=half)
-    assert without_timings(parts["rows"]) == without_timings(whole["rows"])
-    assert parts["scheduler"] == whole["scheduler"]
-    for key, value in whole["model"].items():
-        assert torch.equal(value, parts["model"][key]), key
-        assert torch.equal(whole_best[key], parts_best[key]), key
-    for ours, theirs in zip(
-        parts["optimizer"]["state"].values(), whole["optimizer"]["state"].values(), strict=True
-    ):
-        assert torch.equal(ours["momentum_buffer"], theirs["momentum_buffer"])
+def test_without_mnist_synthetic_digits_stand_in(tmp_path, capsys, monkeypatch):
+    assert rm.mnist_or_synthetic(tmp_path / "none") == "synthetic"
+    assert "SYNTHETIC" in capsys.readouterr().err
+    assert train_lenet(tmp_path / "run", "--dataset", "mnist", "--data-dir", tmp_path) == 2
+    assert "cannot read MNIST" in capsys.readouterr().err
+    reset = ConnectionResetError(104, "Connection reset by peer")
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: (_ for _ in ()).throw(reset))
+    assert rm.mnist_or_synthetic(tmp_path / "none") == "synthetic"
+    assert "Connection reset" in capsys.readouterr().err
 
 
-def test_atomic_write_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    rm.write_atomically(path, b"old")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(rm.UserError, match="No space left"):
-        rm.write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_diverging_run_stops_and_keeps_the_last_good_checkpoint(tmp_path):
-    done = run(*TRAIN, "--lr", "1e6", "--output-dir", "x", cwd=tmp_path)
-    assert done.returncode == 2
-    assert re.fullmatch(r"error: epoch \d+: the .*loss became (nan|inf).*\n", done.stderr)
-    assert "Traceback" not in done.stderr
-    weights = rm.load_checkpoint(tmp_path / "x" / "last.pt")["model"].values()
-    assert all(bool(w.isfinite().all()) for w in weights)
-
-
-class RunsCode:
-    """A pickle of this would touch a file when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
-
-
-def test_damaged_and_foreign_checkpoints_are_refused(tmp_path, trained):
-    best = next((trained[0] / "runs").iterdir()) / "best.pt"
-    whole, path = best.read_bytes(), tmp_path / "x.pt"
-    bad = {
-        "cut": whole[: len(whole) // 2],
-        "empty": b"",
-        "flipped": whole[:1_000_000] + bytes([whole[1_000_000] ^ 1]) + whole[1_000_001:],
-        "text": b"not a checkpoint",
-        "code": pickle.dumps(RunsCode(tmp_path / "ran")),
-    }
-    for name, content in bad.items():
-        path.write_bytes(content)
-        with pytest.raises(rm.UserError, match=r"x\.pt"):
-            rm.load_checkpoint(path)
-        assert not (tmp_path / "ran").exists(), name
-    ours = {"format": rm.FORMAT, "rows": [], "model": {}}
-    foreign = ({"recipe": {"lr": "high"}}, {"recipe": {"colour": 1}}, {"recipe": 1}, {})
-    foreign = [{**ours, **content} for content in foreign]
-    for content in ({"weights": 1}, {"format": RunsCode(tmp_path / "ran")}, [1], *foreign):
-        torch.save(content, path)
-        with pytest.raises(rm.UserError, match=r"x\.pt"):
-            rm.load_checkpoint(path)
-    assert not (tmp_path / "ran").exists()
-    with pytest.raises(rm.UserError, match=r"no\.pt"):
-        rm.load_checkpoint(tmp_path / "no.pt")
-
-
-# Other networks, weights to start from
-
-
-@pytest.mark.parametrize(("name", "count"), [("lenet5", 61_706), ("simple_cnn", 60_874)])
-@pytest.mark.parametrize("input", rm.INPUTS)
-def test_small_networks(name, count, input):
-    model = rm.build_model(rm.Recipe(model=name, input=input))
-    channels, size = rm.INPUTS[input]
-    assert model(torch.zeros(2, channels, size, size)).shape == (2, 10)
-    if channels == 1:
-        assert sum(p.numel() for p in model.parameters()) == count
-
-
-@pytest.mark.parametrize(
-    ("name", "input"),
-    [
-        ("mobilenet_v3_small", "gray28"),
-        ("vgg11", "rgb32"),
-        ("googlenet", "rgb32"),
-        ("vit_b_16", "rgb224"),
-    ],
-)
-def test_networks_of_torchvision_are_adapted(name, input):
-    channels, size = rm.INPUTS[input]
-    model = rm.build_model(rm.Recipe(model=name, input=input))
-    assert model.train()(torch.zeros(2, channels, size, size)).shape == (2, 10)
-    rows = rm.list_layers(model, torch.zeros(1, channels, size, size))
-    assert sum(row.parameters for row in rows) == sum(p.numel() for p in model.parameters())
-
-
-def test_a_convolution_that_fits_stays_and_another_answers_gray_images_alike():
-    convolutions = []
-    for input in ("rgb32", "gray28"):
-        torch.manual_seed(0)
-        model = rm.build_model(rm.Recipe(model="resnext50_32x4d", input=input))
-        convolutions.append(model.conv1)
-    torch.manual_seed(0)
-    theirs = torchvision.models.resnext50_32x4d(num_classes=10).conv1
-    assert torch.equal(convolutions[0].weight, theirs.weight)
-    image = torch.randn(1, 1, 28, 28)
-    gray = theirs(image.expand(-1, 3, -1, -1))
-    assert torch.allclose(convolutions[1](image), gray, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"model": "vgg17"}, "vgg17"),
-        ({"model": "alexnet"}, "cannot take 28×28"),
-        ({"model": "vit_b_16", "input": "rgb32"}, "cannot take 32×32"),
-        ({"model": "lenet5", "stem": "cifar"}, "--stem"),
-        ({"model": "fcn_resnet50"}, "there is no model"),
-    ],
-)
-def test_impossible_networks_are_refused(options, said):
-    with pytest.raises(rm.UserError, match=said):
-        rm.build_model(rm.Recipe(**options))
-
-
-def test_weights_of_imagenet_are_adapted_to_gray_images_and_ten_classes(tmp_path):
-    theirs = torchvision.models.resnet18()
-    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
-    gray = rm.resnet18()
-    fresh = gray.fc.weight.clone()
-    said, left = rm.load_weights(gray, "resnet18", str(tmp_path / "theirs.pth"))
-    assert "120 of 122 tensors of" in said
-    assert "conv1.weight adapted to 1 channel" in said
-    assert "left fresh: fc.weight, fc.bias" in said
-    assert left == ["fc.weight", "fc.bias"]
-    larger = rm.resnet34().state_dict()
-    torch.save(larger, tmp_path / "larger.pth")
-    said, _ = rm.load_weights(rm.resnet18(), "resnet18", str(tmp_path / "larger.pth"))
-    assert f"122 of {len(larger)} tensors" in said
-    image = torch.randn(1, 1, 28, 28)
-    theirs.eval()
-    answers = gray.conv1(image), theirs.conv1(image.expand(-1, 3, -1, -1))
-    assert torch.allclose(*answers, atol=1e-5)  # a gray image gets the answer that it had as RGB
-    assert torch.equal(gray.layer4[1].conv2.weight, theirs.layer4[1].conv2.weight)
-    assert torch.equal(gray.fc.weight, fresh)
-    rgb = rm.resnet18(input_channels=3)
-    torch.save({"state_dict": gray.state_dict()}, tmp_path / "gray.pth")
-    said, left = rm.load_weights(rgb, "resnet18", str(tmp_path / "gray.pth"))
-    assert "conv1.weight adapted to 3 channel" in said
-    assert left == []
-    assert torch.allclose(rgb.conv1(image.expand(-1, 3, -1, -1)), gray.conv1(image), atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["densenet121", "mnasnet0_5"])
-def test_weights_of_networks_whose_files_are_special(tmp_path, name):
-    options = {"num_classes": 10}
-    state = torchvision.models.get_model(name, **options).state_dict()
-    layer = re.compile(r"(denselayer\d+\.(?:norm|conv))([12]\.)")
-
-    def theirs(key):  # as torchvision's files and torch.compile have it
-        return "module._orig_mod." + layer.sub(r"\1.\2", key)
-
-    state = {theirs(k): v for k, v in state.items() if "num_batches_tracked" not in k}
-    torch.save(state, tmp_path / "x.pt")
-    model = rm.build_model(rm.Recipe(model=name, input="rgb32"))
-    _, fresh = rm.load_weights(model, name, str(tmp_path / "x.pt"))
-    assert fresh == []
-    for key, value in model.state_dict().items():
-        assert theirs(key) not in state or torch.equal(value, state[theirs(key)]), key
-
-
-def test_weights_that_cannot_be_had(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(rm.UserError, match=r"resnet18.*cannot be downloaded.*--weights resnet18"):
-        rm.load_weights(rm.resnet18(), "resnet18", "imagenet")
-    with pytest.raises(rm.UserError, match="no ImageNet weights for lenet5"):
-        rm.load_weights(rm.lenet5(), "lenet5", "imagenet")
-    nested = {"model": "lenet5", "state_dict": {"module.C1.bias": torch.ones(6)}}
-    torch.save(nested, tmp_path / "nested.pth")
-    lenet5 = rm.lenet5()
-    assert "1 of 1 tensors" in rm.load_weights(lenet5, "lenet5", str(tmp_path / "nested.pth"))[0]
-    assert bool((lenet5.C1.bias == 1).all())
-    torch.save(rm.lenet5().state_dict(), tmp_path / "lenet5.pth")
-    with pytest.raises(rm.UserError, match="no weights of resnet18"):
-        rm.load_weights(rm.resnet18(), "resnet18", str(tmp_path / "lenet5.pth"))
-    (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(rm.UserError, match=r"text\.pth"):
-        rm.load_weights(rm.resnet18(), "resnet18", str(tmp_path / "text.pth"))
-
-
-def test_frozen_parts_stay_as_they_are(tmp_path, trained, monkeypatch, capsys, no_pictures):
-    monkeypatch.chdir(tmp_path)
-    start = next((trained[0] / "runs").iterdir()) / "best.pt"
-    flags = ["--weights", str(start), "--freeze", "conv1", "bn1", "layer1", "--limit", "128"]
-    assert rm.main([*TRAIN, *flags, "--epochs", "1", "--output-dir", "x"]) == 0
-    assert "122 of 122 tensors of" in capsys.readouterr().out
-    before, last = rm.load_checkpoint(start)["model"], rm.load_checkpoint(tmp_path / "x/last.pt")
-    for key, value in before.items():
-        frozen = key.startswith(("conv1", "bn1", "layer1"))
-        if frozen or not key.endswith("num_batches_tracked"):
-            assert torch.equal(value, last["model"][key]) == frozen, key
-    parameters = sum(
-        key.startswith(("layer2", "layer3", "layer4", "fc"))
-        and "running" not in key
-        and "num_batches" not in key
-        for key in before
-    )
-    assert len(last["optimizer"]["state"]) == parameters
-    assert rm.main(["--resume", "x", "--epochs", "2", "--quiet"]) == 0
-    again = rm.load_checkpoint(tmp_path / "x/last.pt")["model"]
-    assert torch.equal(again["bn1.running_mean"], before["bn1.running_mean"])
-    assert rm.main([*TRAIN, "--input", "rgb32", *flags]) == 2  # a 3×3 stem cannot take 7×7 filters
-    assert "conv1 got no weights" in capsys.readouterr().err
-    assert rm.main([*TRAIN, "--freeze", "layer5"]) == 2
-    assert "there is no part 'layer5' to freeze; there is conv1" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["lenet5", "mobilenet_v3_small"])
-def test_all_commands_take_other_networks(tmp_path, monkeypatch, capsys, name):
-    monkeypatch.chdir(tmp_path)
-    assert rm.main([*TRAIN, "--model", name, "--epochs", "1", "--output-dir", "x"]) == 0
-    assert (tmp_path / "x" / "mistakes.png").exists()
-    assert rm.main(["evaluate", "x", "x/best.pt"]) == 0
-    table = capsys.readouterr().out.splitlines()[-2:]
-    parameters = sum(p.numel() for p in rm.build_model(rm.Recipe(model=name)).parameters())
-    assert table[0].split()[:3] == [name, "gray28", f"{parameters:,}"]
-    assert rm.main(["predict", str(draw_seven(tmp_path / "7.png")), "--checkpoint", "x"]) == 0
-    assert rm.main(["describe", "--model", name]) == 0
-    assert f"{parameters:,}" in capsys.readouterr().out
-
-
-# Kaggle's files
+def test_mnist_files_in_the_wrong_place_are_not_passed_over(tmp_path):
+    write_mnist(tmp_path)
+    with pytest.raises(rm.UserError, match=re.escape(str(tmp_path / "MNIST" / "raw"))):
+        rm.mnist_or_synthetic(tmp_path)
 
 
 def test_kaggle_files_are_read(tmp_path):
-    digits = rm.draw_synthetic_digits(1, 30, 20)
-    labels = write_kaggle(digits, tmp_path, 30)
-    images, read = rm.read_kaggle(tmp_path / "train.csv", labelled=True)
-    assert torch.equal(images, digits.train_images)
-    assert torch.equal(read, digits.train_labels)
-    images, none = rm.read_kaggle(tmp_path / "test.csv", labelled=False)
-    assert torch.equal(images, digits.test_images)
-    assert none is None
-    assert torch.equal(labels, digits.test_labels)
-    text = (tmp_path / "train.csv").read_text()
-    header, body = text.split("\n", 1)
-    quoted = ",".join(f'"{name}"' for name in header.split(","))
-    (tmp_path / "odd.csv").write_bytes(
-        ("\ufeff" + quoted + "\n" + body).replace("\n", "\r\n").encode()
-    )
-    assert torch.equal(rm.read_kaggle(tmp_path / "odd.csv", labelled=True)[0], digits.train_images)
+    digits = draw_digits(None, 130, 40)
+    labels = write_kaggle(digits, tmp_path, 130)
+    for variant in ("plain", "windows"):
+        images, read = rm.read_kaggle(tmp_path)[:2]
+        assert torch.equal(images, digits[0]), variant
+        assert torch.equal(read, digits[1])
+        text = (tmp_path / "train.csv").read_text().replace("label", '"label"')
+        (tmp_path / "train.csv").write_bytes(("\ufeff" + text.replace("\n", "\r\n")).encode())
+    images, none = rm.read_kaggle_table(tmp_path / "test.csv", labelled=False)
+    assert torch.equal(images, digits[2])
+    assert len(none) == 0
+    assert torch.equal(labels, digits[3])
 
 
-def row(*cells):
+def kaggle_row(*cells):
     return ",".join(map(str, [*cells, *[0] * (785 - len(cells))])) + "\n"
 
 
-KAGGLE_HEADER = ",".join(["label", *(f"pixel{i}" for i in range(784))]) + "\n"
+HEADER = ",".join(["label", *(f"pixel{i}" for i in range(784))]) + "\n"
+BAD_TABLES = {
+    "empty file": "",
+    "other columns": "a,b\n1,2\n",
+    "no digit": HEADER,
+    "too bright": HEADER + kaggle_row(3) + kaggle_row(3, 256),
+    "negative": HEADER + kaggle_row(3, -1),
+    "letter": HEADER + kaggle_row(3, "x"),
+    "fraction": HEADER + kaggle_row(3, 1.5),
+    "label 10": HEADER + kaggle_row(10),
+    "short row": HEADER + kaggle_row(3) + "1,2\n",
+    "long row": HEADER + kaggle_row(3).strip() + ",1\n",
+    "empty cell": HEADER + kaggle_row(3, ""),
+    "test.csv": HEADER[6:] + kaggle_row(3)[2:],
+}
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("", "row 1"),
-        ("a,b\n1,2\n", "row 1"),
-        (KAGGLE_HEADER, "holds no digit"),
-        (KAGGLE_HEADER + row(3) + row(3, 256), "row 3, column pixel0: '256'"),
-        (KAGGLE_HEADER + row(3) + row(3, -1), "row 3, column pixel0: '-1'"),
-        (KAGGLE_HEADER + row(3, 4, "x"), "row 2, column pixel1: 'x'"),
-        (KAGGLE_HEADER + row(3, "1_0"), "row 2, column pixel0: '1_0'"),
-        (KAGGLE_HEADER + row(3, 1.5), "row 2, column pixel0: '1.5'"),
-        (KAGGLE_HEADER + row(3) + row(10), "row 3, column label: '10'"),
-        (KAGGLE_HEADER + row(3) + "1,2\n", "row 3: 2 columns, not 785"),
-        (KAGGLE_HEADER + row(3).strip() + ",\n", "row 2: 786 columns, not 785"),
-        (KAGGLE_HEADER + row(3, ""), "row 2, column pixel0: ''"),
-        (KAGGLE_HEADER + row(3)[2:] * 3, "row 2: 784 columns, not 785"),
-        (KAGGLE_HEADER + row(3, "1" * 200_000), "row 2, column pixel0: '11111"),
-    ],
-)
-def test_damaged_kaggle_files_are_refused_with_row_and_column(tmp_path, text, said):
-    path = tmp_path / "train.csv"
-    path.write_text(text)
-    with pytest.raises(rm.UserError, match=re.escape(said)) as caught:
-        rm.read_kaggle(path, labelled=True)
-    assert str(caught.value).startswith(str(path))
+@pytest.mark.parametrize("what", BAD_TABLES)
+def test_damaged_kaggle_files_are_refused(tmp_path, what):
+    (tmp_path / "train.csv").write_text(BAD_TABLES[what])
+    with pytest.raises(rm.UserError, match=r"train\.csv") as caught:
+        rm.read_kaggle(tmp_path)
     assert "\n" not in str(caught.value)
+    if what in ("too bright", "negative", "letter", "fraction", "empty cell"):
+        assert "column 2" in str(caught.value)
 
 
-def test_kaggle_from_train_csv_to_solution_csv(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    labels = write_kaggle(rm.draw_synthetic_digits(1, 600, 100), tmp_path, 600)
-    flags = ["--recipe", "kaggle", "--val-size", "60", "--model", "simple_cnn", "--epochs", "8"]
-    flags += ["--lr", "0.003", "--lr-step", "8", "--data-dir", ".", "--output-dir", "x"]
-    assert rm.main(flags) == 0
+def test_kaggle_from_train_csv_to_solution_csv(tmp_path, capsys, no_pictures):
+    labels = write_kaggle(draw_digits(None, 1200, 200), tmp_path, 1200)
+    flags = "--recipe kaggle --val-size 100 --model lenet5 --epochs 8 --lr 0.003 --lr-step 8"
+    run = str(tmp_path / "run")
+    assert rm.main([*flags.split(), "--data-dir", str(tmp_path), "--output-dir", run]) == 0
     printed = capsys.readouterr().out
     assert "validation accuracy" in printed
     assert "test accuracy" not in printed
-    with open("x/solution.csv", newline="") as file:
+    assert rm.main(["predict", "--kaggle", str(tmp_path / "test.csv"), "--checkpoint", run]) == 0
+    with open(tmp_path / "run" / "solution.csv", newline="") as file:
         text = file.read()
     rows = list(csv.DictReader(io.StringIO(text)))
     assert text.startswith("ImageId,Label\n1,")
-    assert [row["ImageId"] for row in rows] == [str(number) for number in range(1, 101)]
+    assert [row["ImageId"] for row in rows] == [str(number) for number in range(1, 201)]
     right = sum(int(row["Label"]) == label for row, label in zip(rows, labels, strict=True))
-    assert right > 50
-    Path("x/solution.csv").unlink()
-    assert rm.main(["predict", "--kaggle", "test.csv", "--checkpoint", "x"]) == 0
-    with open("x/solution.csv", newline="") as file:
-        assert file.read() == text
-    assert rm.main(["--dataset", "kaggle", "--data-dir", ".", "--select-on", "test"]) == 2
-    assert "no test labels" in capsys.readouterr().err
-
-
-# Pictures
-
-
-def test_classification_report_against_counts_by_hand():
-    labels = torch.tensor([0, 0, 0, 1, 1, 2])
-    predictions = torch.tensor([0, 0, 1, 1, 2, 2])
-    assert rm.confusion_matrix(labels, predictions)[:3, :3].tolist() == [
-        [2, 1, 0],
-        [0, 1, 1],
-        [0, 0, 1],
-    ]
-    lines = rm.classification_report(labels, predictions).splitlines()
-    rows = {line.split()[0]: line.split()[1:] for line in lines if line}
-    text = [line for line in lines if line.startswith(("0 ", "1 ", "2 ", "9 "))]
-    assert [line.split()[1:] for line in text] == [
-        ["100.00", "66.67", "80.00", "3"],
-        ["50.00", "50.00", "50.00", "2"],
-        ["50.00", "100.00", "66.67", "1"],
-        ["0.00", "0.00", "0.00", "0"],
-    ]
-    assert rows["macro"] == ["20.00", "21.67", "19.67", "6"]
-    assert rows["weighted"] == ["75.00", "66.67", "67.78", "6"]
-    assert max(map(len, lines)) <= 80
-
-
-PICTURES = ("curves", "confusion_matrix", "predictions", "mistakes", "feature_maps")
-
-
-@pytest.mark.parametrize("name", PICTURES)
-def test_pictures_are_not_blank(trained, name):
-    folder = next((trained[0] / "runs").iterdir())
-    with Image.open(folder / f"{name}.png") as picture:
-        assert min(picture.size) > 300
-        assert len(picture.convert("RGB").getcolors(2**24)) > 50
-
-
-def test_mistakes_are_drawn_even_if_there_are_none():
-    assert rm.plot_digits(torch.zeros(0, 1, 28, 28), [], [], "no mistakes").axes
-
-
-# Command line
-
-
-def test_train_writes_a_whole_run(trained):
-    cwd, done = trained
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    folder = cwd / "runs" / "resnet18-gray28-synthetic-1"
-    files = {"best.pt", "last.pt", "history.csv", "report.txt"}
-    assert {p.name for p in folder.iterdir()} == files | {f"{name}.png" for name in PICTURES}
-    report = (folder / "report.txt").read_text()
-    assert report.strip() in done.stdout
-    assert "dataset synthetic" in report
-    assert "precision" in report
-    assert max(map(len, done.stdout.splitlines())) <= 80
-    with open(folder / "history.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == ["1", "2"]
-    assert 0 < float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
-    assert rm.load_checkpoint(folder / "best.pt")["recipe"].dataset == "synthetic"
-
-
-def test_evaluate_repeats_the_report(trained, capsys):
-    cwd, _ = trained
-    folder = cwd / "runs" / "resnet18-gray28-synthetic-1"
-    newest = run("evaluate", cwd=cwd)
-    assert newest.returncode == 0, newest.stderr
-    assert (folder / "report.txt").read_text().strip() in newest.stdout
-    for named in (folder, folder / "best.pt"):
-        assert rm.main(["evaluate", str(named)]) == 0
-        assert (folder / "report.txt").read_text().strip() in capsys.readouterr().out
-    assert rm.main(["evaluate", str(folder), "--tta"]) == 0
-    averaged = capsys.readouterr().out
-    assert "seed 0, tta\n" in averaged
-    assert (folder / "report.txt").read_text().splitlines()[2] not in averaged  # another loss
-
-
-def test_evaluate_says_what_was_selected_and_what_was_not(trained, tmp_path, capsys):
-    kept = rm.read_tensors(trained[0] / "runs" / "resnet18-gray28-synthetic-1" / "last.pt")
-    for name, best, average in (("a", True, {}), ("b", False, {}), ("c", True, {"average": {}})):
-        rows = [*kept["rows"][:-1], {**kept["rows"][-1], "best": best}]
-        torch.save({**kept, "rows": rows, **average}, tmp_path / name)
-        assert rm.main(["evaluate", str(tmp_path / name)]) == 0
-    a, b, c = capsys.readouterr().out.split("resnet18, gray28")[1:]
-    assert "epoch 2, selected on the validation set" in a
-    assert "epoch 2, not selected on the validation set" in b
-    assert "on the validation set" not in c  # there the loss is of the mean of the weights
-
-
-def test_pictures_of_results_of_another_loader_are_refused(tmp_path):
-    digits = rm.draw_synthetic_digits(0, 60, 20)
-    data = rm.MNISTDataLoader(dataset=digits, val_size=20)
-    trainer = rm.ResNetTrainer(rm.lenet5(), "cpu", quiet=True)
-    history = trainer.train(data.train, data.val, epochs=1)
-    rm.visualize_results(trainer.model, data.test, trainer.test(data.test), history, str(tmp_path))
-    assert (tmp_path / "mistakes.png").is_file()
-    results = trainer.test(data.train)  # which shuffles
-    with pytest.raises(rm.UserError, match="order"):
-        rm.visualize_results(trainer.model, data.train, results, history, tmp_path)
-
-
-def test_a_run_touches_no_file_of_others(tmp_path, no_pictures):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / ".notes.tmp").write_text("precious")
-    assert small_run(tmp_path) == 0
-    assert (folder / ".notes.tmp").read_text() == "precious"
-    (tmp_path / "b" / "run").mkdir(parents=True)
-    (tmp_path / "b" / "run" / "solution.csv").write_text("precious")
-    assert small_run(tmp_path / "b") == 2
-
-
-def test_stopped_early_is_said_of_runs_that_were(capsys):
-    loader = digits_loader(96)
-    for epochs in (2, 3):
-        trainer = rm.ResNetTrainer(LinearModel(), "cpu")
-        trainer.train(loader, loader, lr=0.0, scheduler="none", patience=1, epochs=epochs)
-        assert ("stopped early" in capsys.readouterr().out) == (epochs == 3)
-
-
-def test_evaluate_needs_only_the_network_of_a_run(trained, tmp_path):
-    for name in ("best.pt", "last.pt"):
-        shutil.copy(trained[0] / "runs" / "resnet18-gray28-synthetic-1" / name, tmp_path)
-    os.truncate(tmp_path / "last.pt", 1000)
-    assert rm.main(["evaluate", str(tmp_path)]) == 0
-
-
-def draw_seven(path, mode="L", paper=255, ink=0):
-    image = Image.new(mode, (200, 300), paper)
-    ImageDraw.Draw(image).line([(40, 60), (150, 60), (80, 250)], fill=ink, width=18)
-    image.save(path)
-    return path
-
-
-def test_predict_prints_a_line_a_file_and_saves_a_picture(trained):
-    cwd, _ = trained
-    paths = [draw_seven(cwd / "a.png"), draw_seven(cwd / "b.jpg", "RGB", "white", "navy")]
-    done = run("predict", *paths, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert [bool(re.fullmatch(r"\d +\d+\.\d\d %  .*", line)) for line in lines[:2]] == [True] * 2
-    with Image.open(cwd / "runs" / "resnet18-gray28-synthetic-1" / "predict.png") as picture:
-        assert len(picture.convert("RGB").getcolors(2**24)) > 50
-
-
-def test_pictures_are_treated_as_mnist_was(tmp_path):
-    _, image = rm.read_image(draw_seven(tmp_path / "a.png"))
-    assert centre(image.float()) == pytest.approx([13.5, 13.5], abs=0.6)
-    assert (image.sum(1) > 0).sum() == 20
-    assert image.max() == 255
-    _, inverted = rm.read_image(draw_seven(tmp_path / "b.png", "L", 0, 255))
-    assert (image.int() - inverted.int()).abs().max() <= 2
-    mnist = rm.draw_synthetic_digits(0, 1, 1).train_images[0]
-    Image.fromarray(mnist.numpy()).save(tmp_path / "c.png")
-    assert torch.equal(rm.read_image(tmp_path / "c.png")[1], mnist)
-
-
-def test_pictures_of_16_bits(tmp_path):
-    with Image.open(draw_seven(tmp_path / "8.png", "L", 230, 40)) as eight:
-        deep = Image.fromarray(np.asarray(eight).astype(np.uint16) * 250)
-    deep.save(tmp_path / "16.png")
-    one, other = (rm.read_image(tmp_path / name)[1].int() for name in ("8.png", "16.png"))
-    assert (one - other).abs().max() < 16
+    assert right > 100
 
 
 def arc(x, y, width, height, start, end):
@@ -1528,371 +1019,268 @@ def draw_by_hand(
     return Image.fromarray(np.uint8(pixels.clip(0, 255)))
 
 
-HANDS = {
-    "thin": {"pen": 0.015},
-    "thick": {"pen": 0.15},
-    "small": {"size": 60},
-    "tiny": {"size": 32},
-    "large": {"size": 600},
-    "chalk": {"paper": (20, 30, 25), "ink": (240, 240, 230)},
-    "red": {"ink": (200, 30, 30)},
-    "yellow": {"ink": (235, 210, 60)},
-    "blue on blue": {"paper": (120, 170, 230), "ink": (20, 30, 120)},
-    "tight": {"margin": 0.05},
-    "lost": {"margin": 0.36, "pen": 0.03},
-    "gradient": {"gradient": 0.6},
-    "gradient, thin": {"gradient": 0.6, "pen": 0.03},
-    "shadow": {"shadow": 0.35},
-    "noise": {"noise": 30},
-    "pencil": {"ink": (150, 150, 150), "paper": (235, 232, 225), "noise": 6, "pen": 0.03},
-    "transparent": {"transparent": True},
-    "white on transparent": {"transparent": True, "ink": (255, 255, 255)},
-    "squared": {"squares": 0.4},
-    "dust": {"dust": 3, "margin": 0.3},
-    "photo": {"gradient": 0.5, "noise": 8, "margin": 0.3, "pen": 0.03, "paper": (210, 205, 190)},
+# 8. Other networks
+
+
+@pytest.mark.parametrize("kind", rm.INPUTS)
+def test_lenet5(kind):
+    channels, size, _ = rm.INPUTS[kind]
+    model = rm.build_model(rm.Recipe(model="lenet5", input=kind))
+    assert model(torch.zeros(2, channels, size, size)).shape == (2, 10)
+    assert sum(p.numel() for p in model.parameters()) == 61_706 + 6 * 25 * (channels - 1)
+    with pytest.raises(rm.UserError, match="lenet5"):
+        rm.build_model(rm.Recipe(model="lenet5", stem="cifar"))
+
+
+@pytest.mark.parametrize(("name", "convolutions"), [("resnet34", 33), ("resnet50", 49)])
+def test_plain_networks_have_the_same_layers_without_shortcuts(name, convolutions):
+    plain = rm.build_model(rm.Recipe(model=name, plain=True))
+    assert sum(isinstance(part, nn.Conv2d) for part in plain.modules()) == convolutions
+    kept = [key for key in rm.NETWORKS[name]().state_dict() if "downsample" not in key]
+    assert list(plain.state_dict()) == kept
+    block, x = plain.layer1[-1].eval(), torch.randn(2, plain.layer1[-1].conv1.in_channels, 7, 7)
+    nn.init.zeros_(getattr(block, "bn3", block.bn2).weight)
+    assert not block(x).any()  # where a residual block would hand x on
+
+
+def test_weights_are_adapted_to_gray_images_and_ten_classes(tmp_path, capsys):
+    theirs = torchvision.models.resnet18().eval()
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    gray = rm.resnet18()
+    head = gray.fc.weight.clone()
+    rm.load_weights(gray, rm.Recipe(weights=str(tmp_path / "theirs.pth")))
+    assert "120 of 122 tensors" in capsys.readouterr().out
+    image = torch.randn(1, 1, 28, 28)
+    as_rgb = theirs.conv1(image.expand(-1, 3, -1, -1))
+    assert torch.allclose(gray.conv1(image), as_rgb, atol=1e-5)  # the answer that it had as RGB
+    assert torch.equal(gray.layer4[1].conv2.weight, theirs.layer4[1].conv2.weight)
+    assert torch.equal(gray.fc.weight, head)
+    torch.save({"state_dict": gray.state_dict()}, tmp_path / "gray.pth")
+    rgb = rm.resnet18(input_channels=3)
+    rm.load_weights(rgb, rm.Recipe(weights=str(tmp_path / "gray.pth")))
+    assert "122 of 122 tensors" in capsys.readouterr().out
+    assert torch.allclose(rgb.conv1(image.expand(-1, 3, -1, -1)), gray.conv1(image), atol=1e-5)
+
+
+def test_weights_that_cannot_be_had(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    torch.save(rm.lenet5().state_dict(), tmp_path / "lenet5.pth")
+    torch.save({"model": rm.resnet18()}, tmp_path / "pickled.pth")
+    torch.save({"state": argparse.Namespace(lr=1)}, tmp_path / "namespace.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    said = {
+        "imagenet": "ImageNet weights for resnet18",
+        "lenet5.pth": r"nothing in .*lenet5\.pth fits resnet18.*0\.weight.*conv1\.weight",
+        "pickled.pth": "holds Python objects, which are not run; save a state_dict",
+        "namespace.pth": "holds Python objects, which are not run; save a state_dict",
+        "text.pth": r"text\.pth cannot be read, or is damaged",
+        "missing.pth": r"missing\.pth cannot be read",
+    }
+    for name, words in said.items():
+        weights = name if name == "imagenet" else str(tmp_path / name)
+        with pytest.raises(rm.UserError, match=words):
+            rm.load_weights(rm.resnet18(), rm.Recipe(weights=weights))
+
+
+def test_frozen_parts_stay_as_they_are(trained, tmp_path, capsys, no_pictures):
+    start, run = trained / "best.pt", tmp_path / "run"
+    flags = [*TRAIN, "--weights", start, "--freeze", "conv1,bn1,layer1", "--limit", "64"]
+    assert rm.main([*map(str, flags), "--epochs", "1", "--output-dir", str(run)]) == 0
+    assert rm.main(["--resume", str(run), "--epochs", "2"]) == 0
+    before, last = load(start)["model"], load(run / "last.pt")
+    for key, value in before.items():
+        frozen = key.startswith(("conv1", "bn1", "layer1"))
+        if frozen or not key.endswith("num_batches_tracked"):
+            assert torch.equal(value, last["model"][key]) == frozen, key
+    assert rm.main([*TRAIN, "--freeze", "layer5"]) == 2
+    assert "cannot freeze 'layer5'" in capsys.readouterr().err
+
+
+# 9. Command line
+
+
+def test_train_writes_a_whole_run(tmp_path, capsys):
+    assert train_lenet(tmp_path / "run") == 0
+    printed = capsys.readouterr()
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    pictures = {"curves.png", "confusion_matrix.png", "predictions.png", "mistakes.png"}
+    assert names == {"best.pt", "last.pt", "history.csv", "report.txt", *pictures}
+    report = (tmp_path / "run" / "report.txt").read_text()
+    assert report.strip() in printed.out
+    assert "dataset synthetic" in report
+    assert re.search(r"epoch \d, selected on the validation set", report)
+    assert max(map(len, printed.out.replace(str(tmp_path), "").splitlines())) <= 80
+    assert printed.err == ""
+
+
+def test_evaluate_repeats_the_report(trained, capsys):
+    report = (trained / "report.txt").read_text().strip()
+    assert rm.main(["evaluate", str(trained), str(trained / "best.pt")]) == 0
+    assert capsys.readouterr().out.count(report) == 2
+
+
+def test_evaluate_says_what_was_selected(tmp_path, capsys, no_pictures):
+    assert train_lenet(tmp_path / "run") == 0
+    last = load(tmp_path / "run" / "last.pt")
+    for losses, said in (([3.0, 2.0, 1.0], "selected"), ([1.0, 2.0, 3.0], "not selected")):
+        last["history"]["val_loss"] = losses
+        torch.save(last, tmp_path / "x.pt")
+        assert rm.main(["evaluate", str(tmp_path / "x.pt")]) == 0
+        assert f"epoch 3, {said} on the validation set" in capsys.readouterr().out
+
+
+def test_the_newest_run_is_taken_and_none_is_overwritten(
+    tmp_path, monkeypatch, capsys, no_pictures
+):
+    monkeypatch.chdir(tmp_path)
+    assert rm.main(["evaluate"]) == 2
+    assert "there is no run in" in capsys.readouterr().err
+    command = [*TRAIN, "--model", "lenet5", "--epochs", "1"]
+    assert [rm.main(command), rm.main(command)] == [0, 0]
+    runs = sorted(path.name for path in Path("runs").iterdir())
+    assert runs == ["lenet5-gray28-synthetic-1", "lenet5-gray28-synthetic-2"]
+    capsys.readouterr()
+    assert rm.main(["evaluate"]) == 0
+    assert capsys.readouterr().out.startswith(str(Path("runs", runs[1], "best.pt")))
+    Path("mine").mkdir()
+    assert rm.main([*command, "--output-dir", "mine"]) == 2
+    assert re.fullmatch("error: cannot make mine .*\n", capsys.readouterr().err)
+
+
+def test_resume_by_command_and_what_it_refuses(tmp_path, capsys, no_pictures):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert [train_lenet(whole), train_lenet(run, epochs=1)] == [0, 0]
+    same = ["--seed", "0", "--dataset", "synthetic"]  # which may be said again
+    assert rm.main(["--resume", str(run), "--epochs", "3", *same]) == 0
+    ours, theirs = load(run / "last.pt"), load(whole / "last.pt")
+    assert without_times(ours["history"]) == without_times(theirs["history"])
+    assert all(torch.equal(ours["model"][key], theirs["model"][key]) for key in ours["model"])
+    for mistake in (["--lr", "0.5"], ["--output-dir", "b"], ["--recipe", "adam"]):
+        capsys.readouterr()
+        assert rm.main(["--resume", str(run), *mistake]) == 2
+        assert mistake[0].strip("-").split("-")[0] in capsys.readouterr().err
+    assert rm.main(["--resume", str(run / "best.pt")]) == 2
+    assert "cannot be resumed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), RuntimeError("no kernel")])
+def test_a_start_that_fails_leaves_nothing(tmp_path, monkeypatch, capsys, error, no_pictures):
+    with monkeypatch.context() as patch:
+        patch.setattr(rm, "train_one_epoch", lambda *_: (_ for _ in ()).throw(error))
+        if "memory" in str(error):
+            assert train_lenet(tmp_path / "run") == 2
+            assert "a smaller --batch-size needs less" in capsys.readouterr().err
+        else:
+            with pytest.raises(RuntimeError):  # our own bugs keep their traceback
+                train_lenet(tmp_path / "run")
+    assert train_lenet(tmp_path / "run", epochs=1) == 0
+
+
+def program(*arguments, **how):
+    """Start the program with pipes, as a shell does."""
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **how}
+    return subprocess.Popen([sys.executable, SCRIPT, *map(str, arguments)], **how)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals and pipes differ")
+def test_neither_head_nor_ctrl_c_loses_a_file(tmp_path):
+    write_mnist(tmp_path / "data" / "MNIST" / "raw")
+    flags = ["--val-size=20", "--model=lenet5", "--patience=9999", "--output-dir"]
+    # Where the tests run in the background, the signal may be ignored, and children inherit that.
+    heed = {"preexec_fn": functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)}
+    with (
+        program(*flags, "head", "--epochs", "2", cwd=tmp_path) as headed,
+        program(
+            *flags, "a stop", "--epochs", 9999, "--device=cpu", cwd=tmp_path, **heed
+        ) as stopped,
+    ):
+        headed.stdout.readline()
+        headed.stdout.close()  # as `| head -1` does
+        assert headed.wait(timeout=100) == 0, headed.stderr.read()
+        for line in stopped.stdout:
+            if line.startswith("    1"):
+                break
+        stopped.send_signal(signal.SIGINT)
+        stopped.wait(timeout=60)
+        said = stopped.stderr.read()
+    assert (tmp_path / "head" / "mistakes.png").exists()
+    assert stopped.returncode == 130
+    resume = "python .*resnet18_mnist.py '--resume=a stop' --data-dir=data --device=cpu"
+    assert re.fullmatch(f"stopped; this goes on:  {resume}\n", said)
+    assert load(tmp_path / "a stop" / "last.pt")["history"]["epoch"]
+
+
+MISTAKES = {
+    "--device cuda:42": "cuda:42",
+    "evaluate best.pt --device tpu": "tpu",
+    "--dataset kaggle --data-dir none": "train.csv",
+    "--epochs many": "--epochs",
+    "--batch-size 1": "batch_size",
+    "--dataset synthetic --lr-factor 1": "Factor should be < 1.0",
+    "--dataset synthetic --optimizer nesterov --momentum 0": "momentum",
+    "--optimizer lion": "lion",
+    "--modell resnet18": "--modell",
+    "trian": "trian",
+    "--resume nowhere": "nowhere",
+    "evaluate text.pt": "text.pt cannot be read, or is damaged",
+    "evaluate cut.pt": "cut.pt cannot be read, or is damaged",
+    "evaluate weights.pt": "weights.pt is no checkpoint of this program",
+    "evaluate other.pt": "other.pt does not fit resnet34",
+    "--resume cut.pt": "cut.pt cannot be read, or is damaged",
+    "predict": "predict takes image files",
+    "predict text.pt --checkpoint best.pt": "text.pt cannot be read as an image",
+    "predict nothing.png --checkpoint best.pt": "nothing.png",
+    "--dataset synthetic --output-dir text.pt/run": "cannot make text.pt/run",
 }
 
 
 @pytest.fixture(scope="session")
-def reader():
-    """A small network that has learned in seconds to read fonts, and STROKES as MNIST has them.
-
-    What it gets wrong is then no unknown hand, but what was made of the picture.
-    """
-    torch.manual_seed(0)
-    fonts = rm.draw_synthetic_digits(0)
-    chalk = {"size": 28, "margin": 0.14, "paper": (0, 0, 0), "ink": (255, 255, 255)}
-    pens = (0.06, 0.08, 0.1, 0.13, 0.16)
-    drawn = [draw_by_hand(digit, pen=pen, **chalk) for pen in pens for digit in range(10)]
-    drawn = torch.stack([torch.from_numpy(np.array(picture.convert("L"))) for picture in drawn])
-    digits = fonts._replace(
-        train_images=torch.cat([fonts.train_images, drawn.repeat(60, 1, 1)]),
-        train_labels=torch.cat([fonts.train_labels, torch.arange(3000) % 10]),
-    )
-    data = rm.MNISTDataLoader(64, dataset=digits, augment=rm.Distortion(12, 0.08, 0.2, 0.06))
-    recipe = rm.Recipe(optimizer="adam", lr=0.003, epochs=5, scheduler="onecycle", precision="fp32")
-    trainer = rm.ResNetTrainer(rm.simple_cnn(), "cpu", recipe, quiet=True)
-    trainer.train(data.train, data.val)
-    return trainer
+def bad_files(tmp_path_factory, trained):
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "text.pt").write_bytes(b"no checkpoint")
+    shutil.copy(trained / "best.pt", folder)
+    (folder / "cut.pt").write_bytes((trained / "best.pt").read_bytes()[:1_000_000])
+    checkpoint = load(trained / "best.pt")
+    torch.save(checkpoint["model"], folder / "weights.pt")
+    checkpoint["recipe"]["model"] = "resnet34"
+    torch.save(checkpoint, folder / "other.pt")
+    return folder
 
 
-def test_a_digit_is_read_alike_however_it_is_drawn(tmp_path, reader):
-    digits = []
-    for how in ({}, *HANDS.values()):
-        for digit in range(10):
-            draw_by_hand(digit, **how).save(tmp_path / "x.png")
-            digits.append(rm.read_image(tmp_path / "x.png")[1])
-    digits = torch.stack(digits)
-    sides = torch.stack([(digits > 64).any(dim=axis).sum(dim=1) for axis in (1, 2)]).amax(dim=0)
-    assert {*sides.tolist()} == {20}
-    results = reader.test(rm.as_loader(reader, digits))
-    plain, *others = results["predictions"].view(-1, 10).tolist()
-    assert plain == list(range(10))
-    assert {name: read for name, read in zip(HANDS, others, strict=True) if read != plain} == {}
-
-
-EMPTY = {
-    "white": {},
-    "black": {"paper": (0, 0, 0)},
-    "tiny": {"size": 28},
-    "a pixel": {"size": 1},
-    "noise": {"noise": 40},
-    "gradient": {"gradient": 0.6, "noise": 5},
-    "squared": {"squares": 0.3},
-    "squared in uneven light": {"squares": 0.5, "gradient": 0.4, "noise": 5},
-}
-
-
-@pytest.mark.parametrize("how", EMPTY)
-def test_an_empty_page_is_said_to_be_empty(tmp_path, how):
-    draw_by_hand(None, **EMPTY[how]).save(tmp_path / "x.png")
-    with pytest.raises(rm.UserError, match="shows no ink"):
-        rm.read_image(tmp_path / "x.png")
-
-
-def test_every_format_of_image_is_read(tmp_path, reader):
-    drawn = draw_by_hand(2)
-    turned = Image.Exif()
-    turned[0x0112] = 6  # to be turned by 90° clockwise
-    clear = Image.new("P", drawn.size)
-    clear.putpalette([0, 0, 0, 255, 255, 255])
-    clear.paste(1, (0, 0, *drawn.size), drawn.convert("L").point(lambda value: 255 * (value > 128)))
-    white = Image.new("RGB", drawn.size, "white")
-    pictures = {
-        "gray.png": (drawn.convert("L"), {}),
-        "bits.png": (drawn.convert("1"), {}),
-        "palette.png": (drawn.quantize(8), {}),
-        "clear.png": (clear, {"transparency": 1}),
-        "gray with alpha.png": (drawn.convert("LA"), {}),
-        "deep.png": (Image.fromarray(np.asarray(drawn.convert("L")).astype(np.uint16) * 200), {}),
-        "float.tiff": (Image.fromarray(np.asarray(drawn.convert("L")) / 255.0), {}),
-        "inks.tiff": (drawn.convert("CMYK"), {}),
-        "inks.jpg": (drawn.convert("CMYK"), {}),
-        "turned.jpg": (drawn.transpose(Image.Transpose.ROTATE_90), {"exif": turned}),
-        "animated.gif": (drawn, {"save_all": True, "append_images": [white]}),
-        "bare.bmp": (drawn, {}),
-        "modern.webp": (drawn, {}),
-    }
-    for name, (picture, options) in pictures.items():
-        picture.save(tmp_path / name, **options)
-    digits = torch.stack([rm.read_image(tmp_path / name)[1] for name in pictures])
-    read = reader.test(rm.as_loader(reader, digits))["predictions"].tolist()
-    assert dict(zip(pictures, read, strict=True)) == dict.fromkeys(pictures, 2)
-
-
-def test_report_of_the_last_network_names_its_epoch(tmp_path, capsys, no_pictures):
-    assert small_run(tmp_path) == 0
-    path = tmp_path / "run" / "last.pt"
-    last = torch.load(path, weights_only=True)
-    last["rows"][0]["val_loss"] = 0.0  # as if the first epoch had been the best
-    torch.save(last, path)
-    capsys.readouterr()
-    assert rm.main(["evaluate", str(path), "--data-dir", str(tmp_path)]) == 0
-    assert "epoch 3, selected" in capsys.readouterr().out
-
-
-def test_describe(tmp_path):
-    done = run("describe", "--model", "resnet34", "--input", "rgb32", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "21,282,122" in done.stdout
-    assert "3×32×32" in done.stdout
-
-
-def test_resume_by_command_and_refusal_of_a_taken_folder(
-    trained, tmp_path, monkeypatch, capsys, no_pictures
-):
-    monkeypatch.chdir(tmp_path)
-    assert rm.main([*TRAIN, "--epochs", "1", "--output-dir", "a", "--quiet"]) == 0
-    report = (tmp_path / "a" / "report.txt").read_text()
-    assert capsys.readouterr() == (report + "\n", "")
-    assert rm.main([*TRAIN, "--output-dir", "a", "--quiet"]) == 2
-    assert re.fullmatch("error: a is taken: .*\n", capsys.readouterr().err)
-    same = ["--seed", "0", "--dataset", "auto"]  # what the run began with, and may be said again
-    assert rm.main(["--resume", "a", "--epochs", "2", *same, "--quiet"]) == 0
-    straight = trained[0] / "runs" / "resnet18-gray28-synthetic-1" / "last.pt"
-    ours, theirs = rm.load_checkpoint(tmp_path / "a" / "last.pt"), rm.load_checkpoint(straight)
-    assert without_timings(ours["rows"]) == without_timings(theirs["rows"])
-    assert all(torch.equal(ours["model"][key], theirs["model"][key]) for key in ours["model"])
-    for mistake in (["--lr", "0.5"], ["--output-dir", "b"], ["--recipe", "adam"]):
-        capsys.readouterr()
-        assert rm.main(["--resume", "a", *mistake]) == 2
-        assert mistake[0].strip("-").replace("-", "_") in capsys.readouterr().err.replace("-", "_")
-    assert rm.main(["--resume", "a/best.pt"]) == 2
-
-
-def test_a_lengthened_run_that_is_stopped_stays_lengthened(
-    tmp_path, monkeypatch, capsys, no_pictures
-):
-    monkeypatch.chdir(tmp_path)
-    flags = ["--model", "lenet5", "--quiet"]
-    assert rm.main([*TRAIN, *flags, "--epochs", "1", "--output-dir", "a"]) == 0
-
-    def stop(*_, **__):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(rm, "train_one_epoch", stop)
-        assert rm.main(["--resume", "a", "--epochs", "3", "--quiet"]) == 130
-    assert rm.main(["--resume", "a", "--quiet"]) == 0
-    assert len(rm.load_checkpoint("a/last.pt")["rows"]) == 3
-
-
-@pytest.mark.parametrize("kept", ["best.pt", "last.pt", "history.csv", "report.txt"])
-def test_no_file_of_another_run_is_overwritten(tmp_path, monkeypatch, capsys, kept):
-    monkeypatch.chdir(tmp_path)
-    Path("a").mkdir()
-    Path("a", kept).write_text("mine")
-    assert rm.main([*TRAIN, "--output-dir", "a"]) == 2
-    assert "a is taken" in capsys.readouterr().err
-    assert Path("a", kept).read_text() == "mine"
-    assert len(list(Path("a").iterdir())) == 1
-
-
-def test_closed_stdout(tmp_path, monkeypatch, no_pictures):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "stdout", None)
-    flags = ["--model", "lenet5", "--epochs", "1", "--output-dir", "a"]
-    assert rm.main([*TRAIN, *flags]) == 0
-    assert Path("a", "report.txt").exists()
-
-
-def test_show_opens_every_picture(trained, monkeypatch):
-    monkeypatch.chdir(trained[0])
-    plt.close("all")
-    opened = []
-    monkeypatch.setattr(plt, "show", lambda: opened.extend(plt.get_fignums()))
-    assert rm.main(["--resume", "--quiet", "--show"]) == 0  # a finished run: only reported again
-    assert len(opened) == len(PICTURES)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="signals differ")
-def test_ctrl_c_prints_the_command_that_resumes(tmp_path):
-    arguments = [sys.executable, str(SCRIPT), *TRAIN, "--epochs", "99", "--output-dir=-x"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # Where the tests run in the background, the signal may be ignored, and children inherit that.
-    pipes["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(arguments, cwd=tmp_path, **pipes) as process:
-        for line in process.stdout:
-            if line.startswith("epoch"):
-                break
-        time.sleep(1)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "--resume=-x" in errors
-    assert "Traceback" not in errors
-    assert rm.load_checkpoint(tmp_path / "-x" / "last.pt")["format"]
-
-
-@pytest.mark.skipif(os.name == "nt", reason="no pseudo-terminals")
-def test_progress_counts_the_images_of_all_processes(monkeypatch, capsys):
-    monkeypatch.setattr(rm, "rank_and_ranks", lambda: (0, 2))
-    model = LinearModel()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    loader = [(torch.zeros(8, 1, 28, 28), torch.arange(8))] * 100
-    epoch = rm.train_one_epoch(model, loader, optimizer, title="1/1")
-    shown = re.search(r"batch 100/100 .* ([\d,]+) images/s", capsys.readouterr().out)[1]
-    assert int(shown.replace(",", "")) == pytest.approx(epoch["images_per_second"], rel=0.3)
-
-
-def test_progress_is_live_on_a_terminal(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setenv("COLUMNS", "60")
-    model = LinearModel()
-    optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    clock = iter(range(100))
-    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    rm.train_one_epoch(model, digits_loader(96), optimizer, title="1/2")
-    shown = terminal.getvalue().split("\r")[1:]
-    assert len(shown) == 3
-    assert all(re.match(r"1/2  batch \d/3  loss \d", line) for line in shown)
-    assert all(len(line.replace("\033[K", "")) < 60 for line in shown)
-
-
-def small_run(folder: Path, *more):
-    """Train LeNet-5 for three epochs in this process; return the exit code."""
-    flags = ("--model", "lenet5", "--epochs", "3", "--quiet", "--precision", "fp32")
-    return rm.main([*TRAIN, *flags, "--output-dir", str(folder / "run"), *map(str, more)])
-
-
-@pytest.mark.parametrize("trouble", ["full disk", "folder deleted"])
-def test_a_run_that_can_write_no_more_says_so_and_keeps_what_it_has(
-    tmp_path, monkeypatch, capsys, no_pictures, trouble
-):
-    save, epochs = rm.ResNetTrainer._save, []
-
-    def no_space(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def save_until_the_second_epoch(trainer):
-        epochs.append(len(trainer.rows))
-        if len(trainer.rows) == 2 and trouble == "full disk":
-            monkeypatch.setattr(os, "fsync", no_space)
-        elif len(trainer.rows) == 2:
-            shutil.rmtree(trainer.run_dir)
-        save(trainer)
-
-    monkeypatch.setattr(rm.ResNetTrainer, "_save", save_until_the_second_epoch)
-    assert small_run(tmp_path) == 2
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_get_one_line_and_exit_code_2(bad_files, monkeypatch, capsys, mistake):
+    monkeypatch.chdir(bad_files)
+    before = sorted(path for path in bad_files.rglob("*") if path.is_file())
+    assert rm.main(mistake.split()) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"error: cannot write {tmp_path}")
+    assert said.startswith("error: ")
+    assert MISTAKES[mistake] in said
     assert said.count("\n") == 1
-    assert epochs == [0, 1, 2]
-    if trouble == "full disk":
-        assert len(rm.load_checkpoint(tmp_path / "run" / "last.pt")["rows"]) == 1
-        assert not list((tmp_path / "run").glob(".*"))
+    assert sorted(path for path in bad_files.rglob("*") if path.is_file()) == before
 
 
-def test_of_two_runs_that_want_a_folder_at_once_one_gets_it(tmp_path):
-    barrier, won = threading.Barrier(8), []
-
-    def claim():
-        barrier.wait()
-        with contextlib.suppress(rm.UserError):
-            won.append(rm.claim_run_dir(str(tmp_path / "run"), "x"))
-
-    threads = [threading.Thread(target=claim) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert won == [tmp_path / "run"]
-
-
-def test_the_same_seed_gives_the_same_history(tmp_path, no_pictures):
-    tables = []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        assert small_run(tmp_path / name, "--seed", seed, "--deterministic") == 0
-        torch.use_deterministic_algorithms(False)
-        with open(tmp_path / name / "run" / "history.csv", newline="") as file:
-            tables.append(without_timings(list(csv.DictReader(file))))
-    assert tables[0] == tables[1] != tables[2]
+@pytest.mark.parametrize("command", rm.COMMANDS)
+def test_help_fits_and_the_readme_names_every_flag(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        rm.main([command, "--help"])
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert all(name in "".join(lines[:4]) for name in rm.COMMANDS)
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    flags = set(re.findall(r"(?m)^  (?:-h, )?(--[a-z-]+)", printed)) - {"--help"}
+    assert [flag for flag in flags if flag not in readme] == []
+    if command == "train":
+        assert len(flags) <= 35
+        assert [f"\n{name}:\n" in printed for name in rm.GROUPS.values()] == [True] * 4
 
 
-def test_gradient_norms_are_those_of_the_layers_in_their_order():
-    model = rm.resnet18(plain=True)
-    images, labels = torch.randn(16, 1, 28, 28), torch.arange(16) % 10
-    norms = rm.gradient_norms(model, images, labels)
-    layers = [part for part in model.modules() if isinstance(part, (nn.Conv2d, nn.Linear))]
-    assert norms == [part.weight.grad.norm().item() for part in layers]
-    assert len(rm.gradient_norms(rm.resnet18(), images, labels)) == len(norms) == 18
+class RunsCode:
+    """A pickle of this would touch a file when it is loaded."""
 
-
-@pytest.mark.parametrize("factor", [1.2, 5, 15, 30, 300])
-def test_numbers_along_the_axes_of_a_comparison_do_not_overlap(factor):
-    runs = {}
-    for name, by in (("a", 1), ("b", factor)):
-        row = {"seconds": 60.0 * by, "val_accuracy": 100 - 50 / by, "train_loss": 0.5 / by}
-        runs[name] = [row], [1.0, by]
-    figure = rm.plot_comparison(runs)
-    figure.canvas.draw()
-    axis = figure.axes[0]
-    for scale, side in ((axis.xaxis, "intervalx"), (axis.yaxis, "intervaly")):
-        low, high = sorted(scale.get_view_interval())
-        ticks = [tick for tick in scale.get_major_ticks() if low <= tick.get_loc() <= high]
-        spans = sorted(tuple(getattr(t.label1.get_window_extent(), side)) for t in ticks)
-        assert len(spans) > 1
-        assert all(one[1] < other[0] for one, other in itertools.pairwise(spans))
-
-
-def test_a_comparison_shows_perfect_runs_and_odd_names():
-    runs = {}
-    for name, accuracy in (("a", 99.0), ("b$x^{$\udcff", 100.0)):
-        rows = [{"seconds": 60.0, "val_accuracy": accuracy, "train_loss": 0.5}] * 2
-        runs[name] = rows, []
-    figure = rm.plot_comparison(runs)
-    figure.canvas.draw()
-    axis = figure.axes[0]
-    low, high = sorted(axis.get_ylim())
-    assert all(low < y < high for line in axis.lines for y in line.get_ydata())
-    assert len(figure.legends[0].get_texts()) == 2
-
-
-def test_runs_are_compared_in_a_table_and_a_picture(tmp_path, capsys, no_pictures):
-    assert small_run(tmp_path / "a") == 0
-    assert small_run(tmp_path / "b", "--weights", str(tmp_path / "a" / "run" / "best.pt")) == 0
-    capsys.readouterr()
-    runs = [str(tmp_path / name / "run") for name in ("a", "b")]
-    assert rm.main(["evaluate", *runs]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    table = lines[lines.index(next(line for line in lines if line.startswith("model "))) :]
-    assert [line.split()[0] for line in table[:3]] == ["model", "lenet5", "lenet5"]
-    assert max(map(len, table[:1])) <= 80
-    figure = plt.figure(plt.get_fignums()[-1])
-    times = figure.axes[0].lines[0].get_xdata()
-    assert len(times) == 3
-    assert sorted(times) == list(times)
-    assert [len(line.get_xdata()) for line in figure.axes[2].lines] == [5, 0]  # of fresh weights
-    with Image.open(tmp_path / "a" / "run" / "comparison.png") as picture:
-        assert len(picture.convert("RGB").getcolors(2**24)) > 50
-
-
-# Damaged files of every kind, made at random
+    def __reduce__(self):
+        return Path.touch, (Path("it-ran"),)
 
 
 def damage(rng, data: bytes) -> bytes:
@@ -1900,372 +1288,160 @@ def damage(rng, data: bytes) -> bytes:
     a, b = sorted(rng.randrange(len(data) + 1) for _ in range(2))
     noise = rng.randbytes(rng.randint(1, 30))
     flipped = bytearray(data)
-    for _ in range(rng.choice((1, 1, 10, 1000))):
+    for _ in range(rng.choice((1, 10, 1000))):
         flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     kinds = [data[:a], bytes(flipped), data[:b] + data[a:], data[:a] + bytes(b - a) + data[b:]]
     return rng.choice([*kinds, data[:a] + noise + data[a:], data[a:], b"", noise])
 
 
-def damaged_checkpoint(rng, path: Path, whole: Path) -> None:
-    """Write a checkpoint whose bytes are damaged, or whose content is not what it should be."""
-    if rng.random() < 0.5:
-        path.write_bytes(damage(rng, whole.read_bytes()))
-        return
-    content = torch.load(whole, weights_only=True)
-    odd = [None, -1, 1e30, math.nan, "x" * 1000, [], {}, torch.zeros(3), torch.zeros(0), True]
+def damaged_checkpoint(rng, whole: Path) -> bytes:
+    """Return a checkpoint whose bytes are damaged, or whose content is not what it should be."""
+    if rng.random() < 0.4:
+        return damage(rng, whole.read_bytes())
+    content, buffer = load(whole), io.BytesIO()
+    odd = [None, -1, 1e30, math.nan, "x" * 1000, [], {}, torch.zeros(3), True, RunsCode()]
     for _ in range(rng.randint(1, 3)):
-        part = rng.choice([content, content["recipe"], content["model"]])
+        parts = [content, *(content[key] for key in ("recipe", "model", "history"))]
+        part = rng.choice([part for part in parts if isinstance(part, dict)])
         name = rng.choice(list(part) or ["x"])
-        change = rng.randrange(3)
-        if change == 0:
+        if rng.random() < 0.3:
             part.pop(name, None)
-        elif change == 1:
-            part[rng.choice((name, "other", 7))] = rng.choice(odd)
-        elif isinstance(part.get(name), torch.Tensor):
-            part[name] = rng.choice(
-                [part[name].to(torch.complex64), part[name][:1], part[name].to_sparse(),
-                 part[name].half(), part[name] * math.nan, part[name].flatten(),
-                 torch.zeros(1).expand(10**6, 10**6)])  # fmt: skip
-        if not all(isinstance(content.get(key), dict) for key in ("recipe", "model")):
+        else:
+            part[rng.choice((name, name, "other", 7))] = rng.choice(odd)
+        if not {"recipe", "model", "history"} <= content.keys():
             break
-    torch.save(content, path)
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
-def damaged_text(rng, text: str) -> bytes:
-    """Damage a CSV as programs and people do."""
-    rows = text.splitlines()
-    row = rng.randrange(len(rows))
-    cells = rows[row].split(",")
-    cell = rng.randrange(len(cells))
-    odd = [
-        "",
-        "256",
-        "-1",
-        "a",
-        "1.5",
-        "nan",
-        "1e3",
-        '"',
-        '"7"',
-        " 3 ",
-        "9" * 400,
-        "\0",
-        "é",
-        "0x1",
-    ]
-    cells[cell] = rng.choice(odd)
-    changes = [
-        [*rows[:row], ",".join(cells), *rows[row + 1 :]],
-        [*rows[:row], rows[row] + rng.choice((",", ",,", ",5", ";")), *rows[row + 1 :]],
-        [*rows[:row], rows[row].rpartition(",")[0], *rows[row + 1 :]],
-        [*rows[:row], *rows[row + 1 :]],
-        [*rows[:row], "", *rows[row:]],
-        [*rows[:row], *rows[row:], *rows[row : row + 1]],
-        rows[:row],
-        [line.replace(",", ";") for line in rows],
-        [",".join(f'"{value}"' for value in line.split(",")) for line in rows],
-    ]
-    end = rng.choice(("\n", "\r\n", "\r"))
-    encoded = end.join(rng.choice(changes)).encode(rng.choice(("utf-8", "utf-8-sig", "utf-16")))
-    return damage(rng, encoded) if rng.random() < 0.2 else encoded
-
-
-def odd_images(folder: Path) -> list[Path]:
-    """Write images that few expect."""
-    drawn = draw_by_hand(3, size=100)
-    sizes = {"pixel": (1, 1), "line": (1, 3000), "row": (3000, 1), "huge": (20_000, 20_000)}
-    for name, size in sizes.items():
-        Image.new("1", size, 1).save(folder / f"{name}.png")
-    drawn.save(folder / "animated.gif", save_all=True, append_images=[drawn] * 5)
-    drawn.convert("CMYK").save(folder / "inks.jpg")
-    Image.new("RGBA", (50, 50)).save(folder / "clear.png")
-    Image.fromarray(np.full((40, 40), math.nan, np.float32)).save(folder / "nan.tiff")
-    drawn.quantize(4).save(folder / "palette.png", transparency=b"\0\x80\xff\x10")
-    drawn.save(folder / "plain.png")
-    drawn.save(folder / "plain.jpg")
-    (folder / "vector.png").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
-    (folder / "empty.png").write_bytes(b"")
-    (folder / "folder.png").mkdir()
-    return sorted(folder.iterdir())
-
-
-SMALL = ("--model", "lenet5", "--epochs", "1", "--quiet", "--val-size", "20")
-
-
-class Touch:
-    """A pickle that would run code."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("it-ran"),)
-
-
-def prepare_for_damage(folder: Path) -> list[list[str]]:
-    """Write what is to be damaged into a folder; return commands on what is odd as it is."""
-    write_mnist(folder / "good")
-    (folder / "images").mkdir()
-    (folder / "kaggle").mkdir()
-    write_kaggle(rm.draw_synthetic_digits(1, 130, 40), folder / "kaggle", 40)
-    rm.main(["--data-dir", "good", *SMALL, "--output-dir", "run"])
-    with zipfile.ZipFile(folder / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", bytes(2**30))
-    (folder / "code.pt").write_bytes(pickle.dumps(Touch()))
-    commands = [["evaluate", name, "--data-dir", "good"] for name in ("bomb.pt", "code.pt")]
-    images = odd_images(folder / "images")
-    return commands + [["predict", "--checkpoint", "run", str(path)] for path in images]
-
-
-def command_on_damage(rng, folder: Path, number: int) -> list[str]:
+def damaged_case(rng, folder: Path, number: int) -> list[str]:
     """Damage a checkpoint, an idx file, a CSV or an image; return a command that reads it."""
-    new, kind, out = folder / f"out-{number}", number % 4, ("--output-dir", f"out-{number}-")
+    path, out = folder / "damaged", ["--output-dir", f"out-{number}"]
+    small = ["--model", "lenet5", "--epochs", "1", "--val-size", "20", *out]
+    kind = number % 4
     if kind == 0:
-        new.mkdir()
-        path = new / "last.pt"
-        damaged_checkpoint(rng, path, folder / "run" / "last.pt")
-        return rng.choice(
-            [["evaluate", str(path), "--data-dir", "good"],
-             ["--resume", new.name, "--data-dir", "good", "--epochs", "2", "--quiet"],
-             ["--weights", str(path), "--data-dir", "good", *SMALL, *out],
-             ["predict", "images/plain.png", "--checkpoint", str(path)]])  # fmt: skip
+        path.write_bytes(damaged_checkpoint(rng, folder / "run" / "last.pt"))
+        uses = [["evaluate", "damaged"], ["--resume", "damaged", "--epochs", "2"]]
+        uses += [["--weights", "damaged", *small], ["predict", "3.png", "--checkpoint", "damaged"]]
+        command = rng.choice(uses)
+        return command + (["--data-dir", "good"] if "predict" not in command else [])
     if kind == 1:
+        new = folder / f"data-{number}"
         shutil.copytree(folder / "good", new)
         path = rng.choice(sorted((new / "MNIST" / "raw").iterdir()))
         path.write_bytes(damage(rng, path.read_bytes()))
-        return ["--data-dir", new.name, "--dataset", "mnist", *SMALL, *out]
+        return ["--data-dir", new.name, "--dataset", "mnist", *small]
     if kind == 2:
+        table = (folder / "train.csv").read_text()
+        cell = rng.choice(("", "256", "-1", "a", "1.5", "nan", '"', '"7"', "9" * 400, "\0", "é"))
+        at = rng.randrange(len(HEADER), len(table))
+        text = table[:at] + cell + table[at + rng.randrange(9) :]
+        encoded = text.encode(rng.choice(("utf-8", "utf-8-sig", "utf-16")))
+        new = folder / f"kaggle-{number}"
         new.mkdir()
-        table = (folder / "kaggle" / "train.csv").read_text()
-        (new / "train.csv").write_bytes(damaged_text(rng, table))
-        return ["--data-dir", new.name, "--recipe", "kaggle", *SMALL, *out]
-    path = folder / "image"
-    path.write_bytes(damage(rng, (folder / "images" / "plain.png").read_bytes()))
-    return ["predict", str(path), "--checkpoint", "run"]
+        (new / "train.csv").write_bytes(rng.choice((encoded, damage(rng, table.encode()))))
+        return ["--data-dir", new.name, "--recipe", "kaggle", *small]
+    path.write_bytes(damage(rng, (folder / "3.png").read_bytes()))
+    return ["predict", "damaged", "--checkpoint", "run"]
 
 
 def fuzz(folder: Path, seed: int, cases: int) -> None:
     """Give the program damaged files; raise if it ever does what it should not. For a process."""
-    import resource
-
     os.chdir(folder)
     os.environ.update(NO_NETWORK)
     torch.set_num_threads(1)
-    rm.visualize_results = rm.plot_readings = rm.save_figure = lambda *_: None
+    rm.visualize_results = rm.save_figure = lambda *_: None
+    write_mnist(folder / "good" / "MNIST" / "raw")
+    write_kaggle(draw_digits(None, 130, 40), folder, 40)
+    draw_by_hand(3, size=100).save(folder / "3.png")
+    start = ["--data-dir", "good", "--model", "lenet5", "--epochs", "1", "--val-size", "20"]
+    assert rm.main([*start, "--output-dir", "run"]) == 0
     rng, failures = random.Random(seed), []
-    given = prepare_for_damage(folder)
     for number in range(cases):
-        odd = number < len(given)
-        arguments = given[number] if odd else command_on_damage(rng, folder, number)
-        said = io.StringIO()
+        arguments, said = damaged_case(rng, folder, number), io.StringIO()
         signal.alarm(60)
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
                 code = rm.main(arguments)
             said = said.getvalue()
-            well = said.startswith("error: ") and said.count("\n") == 1 and len(said) < 1000
-            if code not in (0, 2) or (code == 2 and not well) or (code == 0 and said):
+            refused = code == 2 and said.startswith("error: ") and said.count("\n") == 1
+            if not (refused and len(said) < 1000) and (code or said):
                 failures.append((number, arguments, code, said))
         except Exception:
-            failures.append((number, arguments, traceback.format_exc()[-600:]))
+            failures.append((number, arguments, traceback.format_exc()[-900:]))
         signal.alarm(0)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     for failure in failures:
         print(*failure, sep="\n")
     assert not failures
     assert not Path("it-ran").exists()
-    assert memory < 2, f"{memory} GiB"
 
 
-@pytest.mark.skipif(os.name == "nt", reason="limits time and memory as Unix does")
-def test_damaged_files_are_answered_rightly_or_refused_in_a_line(tmp_path):
-    process = PROCESSES.Process(target=fuzz, args=(tmp_path, 0, 520))
+@pytest.mark.skipif(os.name == "nt", reason="limits time as Unix does")
+def test_damaged_files_are_answered_or_refused_in_a_line(tmp_path):
+    process = PROCESSES.Process(target=fuzz, args=(tmp_path, 0, 200))
     process.start()
     process.join()
     assert process.exitcode == 0
 
 
-# Runs that are killed
-
-
-def be_killed(folder: Path, kills: int, seed: int = 0, epochs: int = 40) -> int:
+def be_killed(folder: Path, kills: int) -> int:
     """Kill a run at random moments and resume it each time; return how often it was killed.
 
     Raises unless it ends with the weights and the history of a run that was never killed.
     """
-    rng = random.Random(seed)
-    start = ["--data-dir", str(write_mnist(folder / "data")), "--model", "lenet5", "--quiet"]
-    start += ["--epochs", str(epochs), "--patience", "1000", "--val-size", "20"]
-    assert run(*start, "--output-dir", "whole", cwd=folder).returncode == 0
-    begin, killed = [*start, "--output-dir", "killed"], 0
-    resume = ["--resume", "killed", "--data-dir", "data", "--quiet"]
-    while killed < kills:
-        begun = (folder / "killed" / "last.pt").exists()
-        if not begun:
-            shutil.rmtree(folder / "killed", ignore_errors=True)
-        process = PROCESSES.Process(
-            target=be_the_program, args=(resume if begun else begin, folder)
-        )
+    rng, killed = random.Random(0), 0
+    write_mnist(folder / "data" / "MNIST" / "raw")
+    start = ["--model", "lenet5", "--epochs", 40, "--patience", 1000, "--val-size", 20]
+
+    def begin(arguments):
+        process = PROCESSES.Process(target=be_the_program, args=(arguments, folder))
         process.start()
-        process.join(rng.uniform(0.1, 1.0 if begun else 3.0))
-        if process.is_alive():
-            killed += 1
-        elif process.exitcode == 0:
-            shutil.rmtree(folder / "killed")  # at its end too early: from the beginning
-        else:
-            raise AssertionError(f"exit code {process.exitcode} after {killed} kills")
+        return process
+
+    whole = begin([*start, "--output-dir", "whole"])
+    run = folder / "run"
+    while True:
+        begun = (run / "last.pt").exists()
+        if not begun:
+            shutil.rmtree(run, ignore_errors=True)
+        process = begin(["--resume", "run"] if begun else [*start, "--output-dir", "run"])
+        process.join(rng.uniform(0.5, 2.0) if killed < kills else None)
+        if process.exitcode is not None:
+            assert process.exitcode == 0
+            if killed == kills:
+                break
+            shutil.rmtree(run)  # at its end too early: from the beginning
+            continue
         process.kill()
         process.join()
-    if not (folder / "killed" / "last.pt").exists():
-        shutil.rmtree(folder / "killed", ignore_errors=True)
-        resume = begin
-    done = run(*resume, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    one, other = (rm.load_checkpoint(folder / name / "last.pt") for name in ("whole", "killed"))
-    assert without_timings(one["rows"]) == without_timings(other["rows"])
+        killed += 1
+    whole.join()
+    one, other = (load(folder / name / "last.pt") for name in ("whole", "run"))
+    assert without_times(one["history"]) == without_times(other["history"])
     for key, weight in one["model"].items():
         assert torch.equal(weight, other["model"][key]), key
-    assert [path for path in (folder / "killed").iterdir() if path.suffix == ".tmp"] == []
+    assert not list(run.glob(".*"))
     return killed
 
 
-def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path):
-    assert be_killed(tmp_path, kills=5) == 5
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
+    assert be_killed(tmp_path, kills=3) == 3
 
 
-MISTAKES = {
-    "--device cuda:42": "there is no device 'cuda:42' here; there is ",
-    "evaluate best.pt --data-dir x.txt --device tpu": "'tpu'",
-    "--dataset mnist --data-dir none": "train-images-idx3-ubyte.gz",
-    "--data-dir damaged": "train-images-idx3-ubyte is damaged",
-    "--dataset kaggle --data-dir none": "train.csv",
-    "--dataset kaggle --data-dir kaggle": "train.csv, row 1",
-    "--epochs many": "--epochs",
-    "--batch-size 1": "batch_size",
-    "--lr-factor 1": "lr_factor",
-    "--optimizer nesterov --momentum 0": "momentum",
-    "--freeze conv1 --dataset synthetic": "conv1 got no weights",
-    "--recipe adam --elastic 0.1": "--augment",
-    "describe --model alexnet --input rgb32": "try rgb224",
-    "--modell resnet18": "--modell",
-    "trian": "trian",
-    "--resume": "there is no run",
-    "--resume nowhere": "nowhere",
-    "evaluate y.pt": "y.pt",
-    "evaluate cut.pt": "cut.pt is damaged",
-    "evaluate other.pt": "other.pt holds the weights of another network",
-    "--resume cut.pt": "cut.pt is damaged",
-    "--weights y.pt --dataset synthetic": "y.pt",
-    "--weights other.pt --freeze layer7 --dataset synthetic": "layer7",
-    "predict x.txt --checkpoint best.pt": "x.txt",
-    "predict nothing.png --checkpoint best.pt": "nothing.png",
-    "predict empty.png --checkpoint best.pt": "empty.png shows no ink",
-    "--dataset synthetic --output-dir x.txt/run": "cannot write into x.txt",
-}
-
-
-@pytest.fixture(scope="session")
-def bad_files(tmp_path_factory, trained):
-    folder = tmp_path_factory.mktemp("bad")
-    (folder / "x.txt").write_text("no picture")
-    (folder / "y.pt").write_bytes(b"no checkpoint")
-    (folder / "kaggle").mkdir()
-    (folder / "kaggle" / "train.csv").write_text("label,pixels\n1,2\n")
-    Image.new("L", (50, 50), 255).save(folder / "empty.png")
-    write_mnist(folder / "damaged")
-    path = folder / "damaged" / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:-1000])
-    best = trained[0] / "runs" / "resnet18-gray28-synthetic-1" / "best.pt"
-    (folder / "best.pt").write_bytes(best.read_bytes())
-    (folder / "cut.pt").write_bytes(best.read_bytes()[:1_000_000])
-    checkpoint = rm.load_checkpoint(best)
-    checkpoint["recipe"] = {**rm.asdict(checkpoint["recipe"]), "model": "resnet34"}
-    torch.save(checkpoint, folder / "other.pt")
-    return folder
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_get_one_line_and_exit_code_2(bad_files, mistake):
-    before = {path for path in bad_files.rglob("*") if path.is_file()}
-    done = run(*mistake.split(), cwd=bad_files)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert MISTAKES[mistake] in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert {path for path in bad_files.rglob("*") if path.is_file()} == before
-
-
-def test_without_mnist_and_network_auto_says_so_and_draws_digits(tmp_path, capsys):
-    digits = rm.load_digits("auto", tmp_path / "none", 0)
-    assert digits.name == "synthetic"
-    said = capsys.readouterr().err
-    assert "SYNTHETIC" in said
-    assert "t10k-labels-idx1-ubyte.gz" in said
-
-
-def test_a_connection_that_breaks_off_is_no_network_either(tmp_path, monkeypatch, capsys):
-    def break_off(*_, **__):
-        raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
-
-    monkeypatch.setattr("urllib.request.urlopen", break_off)
-    assert rm.load_digits("auto", tmp_path, 0).name == "synthetic"
-    assert os.strerror(errno.ECONNRESET) in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "describe"])
-def test_help_shows_every_flag_with_its_default(command, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit):
-        rm.main([command, "--help"])
-    printed = capsys.readouterr().out
-    assert max(map(len, printed.splitlines())) <= 80
-    if command == "train":
-        for setting in rm.fields(rm.Recipe):
-            assert f"--{setting.name.replace('_', '-')}" in printed
-            default = "" if setting.default in (None, ()) else setting.default
-            assert f"default: {default}" in printed.replace("\n" + " " * 24, " ")
-
-
-# The project
+# The file as a whole
 
 
 def test_inline_metadata_and_requirements_are_equal():
     block = re.search(r"# dependencies = \[(.*)\]", SCRIPT.read_text(encoding="utf-8"))[1]
-    inline = re.findall(r'"([^"]+)"', block)
     lines = (HERE / "requirements.txt").read_text().splitlines()
     required = [line.split("#")[0].strip() for line in lines if line.strip()]
+    inline = re.findall(r'"([^"]+)"', block)
     assert inline == [name for name in required if not name.startswith("pytest")]
-    assert len(inline) == 3
 
 
-@pytest.mark.parametrize("arguments", [[], ["--input", "rgb32"]])
-def test_readme_shows_what_describe_prints(arguments, capsys):
-    assert rm.main(["describe", *arguments]) == 0
-    assert capsys.readouterr().out.strip() in (HERE / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("command", rm.COMMANDS)
-def test_readme_names_every_flag(command):
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    flags = re.findall(r"--[a-z-]+", rm.make_parser(command).format_help())
-    missing = {flag for flag in flags if flag not in readme} - {"--help"}
-    assert {flag for flag in missing if flag.replace("--no-", "--") not in readme} == set()
-
-
-def test_import_has_no_side_effect_and_no_matplotlib(tmp_path):
-    code = "import sys, resnet18_mnist; print([m for m in ('matplotlib',) if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(HERE)},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.stdout, done.stderr) == ("[]\n", "")
-    assert list(tmp_path.iterdir()) == []
-
-
-def rooms() -> dict[str, str]:
-    """Return the sections of the program by their number; before the first is the docstring."""
-    parts = re.split(r"(?m)^(?=# %% )", SCRIPT.read_text(encoding="utf-8"))
-    return {"docstring": parts[0], **{part[5]: part for part in parts[1:]}}
+def sections() -> list[str]:
+    """Return the sections of the program; the first holds docstring and imports."""
+    return re.split(r"(?m)^(?=# %% )", SCRIPT.read_text(encoding="utf-8"))
 
 
 def execute(source: str, name: str, monkeypatch) -> dict:
@@ -2276,238 +1452,149 @@ def execute(source: str, name: str, monkeypatch) -> dict:
     return module.__dict__
 
 
-@pytest.mark.parametrize("room", "0123456789")
-def test_each_section_runs_with_those_that_the_table_of_contents_names(room, monkeypatch):
-    (line,) = re.findall(rf"(?m)^    {room}  .*$", rooms()["docstring"])
-    needed = re.search(r"(\d)(?: to (\d))?$", line)
-    first, last = (int(needed[1]), int(needed[2] or needed[1])) if needed else (0, -1)
-    source = "".join(rooms()[str(number)] for number in range(first, last + 1)) + rooms()[room]
-    names = execute(source, f"section_{room}", monkeypatch)
-    shown = {"1": lambda: names["visualize_model_architecture"](names["resnet18"]()),
-             "2": lambda: next(iter(names["MNISTDataLoader"](dataset="synthetic").test)),
-             "3": lambda: names["pick_precision"]("auto", names["pick_device"]()),
-             "4": lambda: names["RECIPES"]["plateau"],
-             "5": lambda: names["compute_accuracy"](LinearModel(), digits_loader()),
-             "6": lambda: names["plot_confusion_matrix"](torch.arange(10), torch.arange(10)),
-             "7": lambda: names["find_ink"](Image.new("RGB", (9, 9))),
-             "8": lambda: names["lenet5"]()(torch.zeros(1, 1, 28, 28)),
-             "9": lambda: names["main"](["describe"])}  # fmt: skip
-    shown.get(room, lambda: None)()
+def test_each_section_needs_only_those_above(monkeypatch):
+    uses = [
+        lambda names: None,
+        lambda names: names["resnet18"]()(torch.zeros(2, 1, 28, 28)),
+        lambda names: names["RECIPES"]["plateau"],
+        lambda names: len(
+            names["TensorLoader"](*draw_digits(None, 130, 40)[:2], names["Recipe"]())
+        ),
+        lambda names: names["pick_precision"]("auto", names["pick_device"]()),
+        lambda names: names["train_model"](LinearModel(), small_loader(), device="cpu", epochs=1),
+        lambda names: names["visualize_model_architecture"](names["resnet18"]()),
+        lambda names: names["draw_synthetic_digits"](None, 3, 3),
+        lambda names: names["build_model"](names["Recipe"](model="lenet5")),
+        lambda names: names["main"](["describe"]),
+    ]
+    parts = sections()
+    for number, use in enumerate(uses):
+        use(execute("".join(parts[: number + 1]), f"upto_{number}", monkeypatch))
 
 
-@pytest.mark.parametrize("launcher", ["ipykernel_launcher.py", "colab_kernel_launcher.py"])
-def test_in_a_notebook_nothing_starts_by_itself(monkeypatch, tmp_path, launcher):
+def test_docstring_says_where_training_ends():
+    text = "".join(sections()[:6])
+    assert f"at line {len(text.rstrip().splitlines())}," in text
+
+
+def test_in_a_notebook_nothing_starts_by_itself(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [f"/x/{launcher}", "-f", "kernel.json"])
-    execute("".join(rooms().values()), "__main__", monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["/x/colab_kernel_launcher.py", "-f", "kernel.json"])
+    names = execute("".join(sections()), "__main__", monkeypatch)
     assert list(tmp_path.iterdir()) == []
+    monkeypatch.setitem(names, "command_train", None)
+    monkeypatch.setitem(names["COMMANDS"], "train", lambda args, changes: 0)
+    assert names["main"]() == 0  # whatever the kernel was started with
 
 
-def count_page_faults(pipe) -> None:
-    """Tell how many pages twenty large tensors, one after the other, fetch from the system."""
-    import resource
-
-    rm.keep_freed_memory()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        torch.ones(2**24)
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
-def test_freed_memory_is_kept_for_the_next_step():
-    pipe, end = PROCESSES.Pipe()
-    process = PROCESSES.Process(target=count_page_faults, args=(end,))
-    process.start()
-    assert pipe.recv() < 4 * 16_384  # one has 64 MiB, so 16,384 pages of 4 KiB
-    process.join()
+def test_import_has_no_side_effect(tmp_path):
+    how = {"env": {**os.environ, "PYTHONPATH": str(HERE)}, "capture_output": True, "text": True}
+    command = [sys.executable, "-W", "error::DeprecationWarning:resnet18_mnist", "-c", "import resnet18_mnist"]
+    done = subprocess.run(command, cwd=tmp_path, **how)
+    assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
+    assert list(tmp_path.iterdir()) == []
 
 
 # What a step costs: `python test_resnet18_mnist.py`
 
 
-def everybodys_loop(name: str, augment: bool, data_dir: Path, device):
+def usual_loop(kind: str, data_dir: Path, device):
     """Return the loop that most scripts have, as a function that goes through the data once."""
     v1 = torchvision.transforms
-    steps = [v1.Resize((32, 32)), v1.Grayscale(3)] if name == "rgb32" else []
-    steps += [v1.RandomAffine(10, translate=(0.1, 0.1))] * augment
-    transform = v1.Compose([*steps, v1.ToTensor(), v1.Normalize((0.1307,), (0.3081,))])
+    steps = [v1.Resize((32, 32)), v1.Grayscale(3)] if kind == "rgb32" else []
+    steps += [v1.RandomAffine(10, translate=(0.1, 0.1)), v1.ToTensor()]
+    transform = v1.Compose([*steps, v1.Normalize((0.1307,), (0.3081,))])
     dataset = torchvision.datasets.MNIST(data_dir, transform=transform)
     how = {"num_workers": 2, "persistent_workers": True, "shuffle": True}
     loader = DataLoader(dataset, 128, pin_memory=device.type == "cuda", **how)
     model = torchvision.models.resnet18(num_classes=10)
     model.conv1 = nn.Conv2d(1, 64, 7, 2, 3, bias=False)
-    if name == "rgb32":
+    if kind == "rgb32":
         model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     model.to(device)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=5e-4)
 
     def loop():
-        total = 0
         for images, labels in loader:
             optimizer.zero_grad()
             loss = F.cross_entropy(model(images.to(device)), labels.to(device))
             loss.backward()
             optimizer.step()
-            total += loss.item()
+            loss.item()
 
     return loop
 
 
-def contestant(which: str, name: str, augment: bool, data_dir: Path, device):
-    """Return one of four loops over the same number of batches of 128, as a function.
-
-    "fetching" is the floor where freed memory goes back to the system and is fetched again.
-    """
-    if which == "everybody":
-        return everybodys_loop(name, augment, data_dir, device)
-    if which != "fetching":
-        rm.keep_freed_memory()  # as the command line does
-    digits = rm.read_mnist(data_dir)
-    how = {"augment": rm.Distortion(10, 0.1)} if augment else {}
-    batches = rm.Batches(digits.train_images, digits.train_labels, 128, name, shuffle=True, **how)
-    batches.to(device)
-    images, labels = (part.contiguous() for part in next(iter(batches)))
-    trainer = rm.ResNetTrainer(rm.build_model(rm.Recipe(input=name)), device)
+def our_loops(kind: str, data_dir: Path, device):
+    """Return the bare floor and our loop, over the same number of batches of 128."""
+    images, labels, *_ = rm.read_mnist(data_dir)
+    recipe = rm.Recipe(input=kind)
+    loader = rm.TensorLoader(images, labels, recipe, train=True).to(device)
+    trainer = rm.ResNetTrainer(rm.build_model(recipe), device)
     model, precision = trainer.model, trainer.precision
-    optimizer = rm.make_optimizer(model, rm.Recipe())
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=5e-4)
+    batch, targets = (part.contiguous() for part in next(iter(loader)))
 
     def floor():
         model.train()
-        for _ in range(len(batches)):
+        for _ in range(len(loader)):
             with rm.autocast(device, precision):
-                loss = F.cross_entropy(model(images), labels)
+                loss = F.cross_entropy(model(batch), targets)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         loss.item()  # waits for a GPU
 
-    ours = functools.partial(rm.train_one_epoch, model, batches, optimizer, device, precision)
-    return ours if which == "ours" else floor
+    def ours():
+        rm.train_one_epoch(model, loader, optimizer, None, device, precision)
 
-
-def compete(pipe, device, *contest) -> None:
-    """In a process of its own, time a contestant as often as asked; then tell its peak memory."""
-    loop = contestant(*contest, device)
-    while pipe.recv():
-        started = time.perf_counter()
-        loop()
-        pipe.send(time.perf_counter() - started)
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        import resource
-
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # without its workers
-    pipe.send(peak / 1e9)
-
-
-def compare_steps(device, rounds: int = 8) -> None:
-    """Time the step of gray28 with one thing changed, in turn, per image and as a ratio."""
-
-    usual = rm.pick_precision("auto", device)
-    other = "fp32" if usual == "bf16" else "bf16"
-
-    def contestant(batch=128, precision=usual, short_cut=True, compiled=False, fused=False):
-        model = rm.resnet18().to(device, memory_format=torch.channels_last).train()
-        for part in model.modules():
-            if isinstance(part, rm.Conv3x3) and not short_cut:
-                part.__class__ = nn.Conv2d
-        network = torch.compile(model) if compiled else model
-        optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=5e-4, fused=fused)
-        images = torch.randn(batch, 1, 28, 28, device=device)
-        labels = torch.arange(batch, device=device) % 10
-
-        def steps(count=5):
-            started = time.perf_counter()
-            for _ in range(count):
-                with rm.autocast(device, precision):
-                    loss = F.cross_entropy(network(images), labels)
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            loss.item()
-            return 1e6 * (time.perf_counter() - started) / count / batch
-
-        return steps
-
-    changes = [{}, {"short_cut": False}, {"precision": other}, {"batch": 256}]
-    changes += [{"compiled": True}, {"fused": True}]
-    loops = [contestant(**change) for change in changes]
-    for loop in loops:
-        loop()  # warms up
-    times = [[loop() for loop in loops] for _ in range(rounds)]
-    print(f"gray28, microseconds an image: batches of 128, {usual}, and one change")
-    for change, own in zip(changes, zip(*times, strict=True), strict=True):
-        ratio = median(a / row[0] for a, row in zip(own, times, strict=True))
-        name = ", ".join(f"{key} {value}" for key, value in change.items()) or "as it is"
-        print(f"{name:18}{median(own):9.0f}  {ratio:.3f}")
+    return floor, ours, rm.fast_small_maps(model)
 
 
 def benchmark(rounds: int = 5) -> None:
-    """Time a step of the bare floor, of our loop and of everybody's, in turn."""
+    """Time a step of the bare floor, of our loop and of the usual one, in turn."""
     device = rm.pick_device()
-    rm.keep_freed_memory()
+    rm.keep_freed_memory()  # as the command line does
     print(f"{rm.describe_device(device)}, torch {torch.__version__}; medians of {rounds} rounds")
-    print("floor: forward, backward and update on one fixed batch; 128 images a step")
-    print("milliseconds a step, ratios (with their range), gigabytes of ours and of everybody's")
-    print(
-        "input   augment  floor     ours  everybody  ours/floor            everybody/ours        "
-        "fetching/floor          GB    GB"
-    )
-    for name, steps in (("gray28", 24), ("rgb32", 4)):
+    print("floor: forward, backward and update on one fixed batch; 128 images per step")
+    print("ms per step, and ratios (with their range)")
+    print("input    floor    ours   usual  ours/floor            usual/ours")
+    for kind, steps in (("gray28", 24), ("rgb32", 4)):
         with tempfile.TemporaryDirectory() as folder:
             raw = Path(folder, "MNIST", "raw")
-            digits = rm.draw_synthetic_digits(0, 128 * steps, 10)
-            for part, file in zip(digits[1:], ("train", "train", "t10k", "t10k"), strict=True):
-                kind = "images-idx3" if part.dim() == 3 else "labels-idx1"
-                write_idx(raw / f"{file}-{kind}-ubyte", part)
-            for augment in (False, True):
-                pipes, times, peaks = {}, {}, []
-                for which in ("floor", "ours", "everybody", "fetching"):
-                    pipes[which], end = PROCESSES.Pipe()
-                    task = (end, device, which, name, augment, Path(folder))
-                    PROCESSES.Process(target=compete, args=task).start()
-                    times[which] = []
-                for _ in range(rounds + 1):  # the first warms up
-                    for which, pipe in pipes.items():
-                        pipe.send(True)
-                        times[which].append(1000 * pipe.recv() / steps)
-                for pipe in pipes.values():
-                    pipe.send(False)
-                    peaks.append(pipe.recv())
-                floor, ours, theirs, fetching = (own[1:] for own in times.values())
-                line = f"{name:8}{augment!s:7}{median(floor):7.1f}{median(ours):9.1f}"
-                line += f"{median(theirs):11.1f}"
-                for above, below in ((ours, floor), (theirs, ours), (fetching, floor)):
-                    ratios = [a / b for a, b in zip(above, below, strict=True)]
-                    line += f"  {median(ratios):5.3f} ({min(ratios):.2f} to {max(ratios):.2f})"
-                print(f"{line}{peaks[1]:6.2f}{peaks[2]:6.2f}", flush=True)
-        model = rm.build_model(rm.Recipe(input=name)).to(device, memory_format=torch.channels_last)
-        count = 250 * steps
-        test = rm.Batches(torch.zeros(count, 28, 28).byte(), torch.zeros(count).long(), 250, name)
-        precision = rm.pick_precision("auto", device)
-        test.to(device)
-        rm.evaluate(model, test, device, precision)
-        started = time.perf_counter()
-        rm.evaluate(model, test, device, precision)
-        testing = 10_000 / count * (time.perf_counter() - started)
-        epoch = 55_000 / 128 * median(ours) / 1000
-        print(f"{name}, testing 10,000 images: {testing:.1f} s, {testing / epoch:.1%} of an epoch")
-    compare_steps(device)
+            for name, array in zip(IDX, draw_digits(None, 128 * steps, 10), strict=True):
+                write_idx(raw / f"{name}-ubyte", array)
+            usual = usual_loop(kind, Path(folder), device)
+            floor, ours, fast_small_maps = our_loops(kind, Path(folder), device)
+            times = []
+            with fast_small_maps:
+                for _ in range(rounds + 1):
+                    times.append([])
+                    for loop in (floor, ours, usual):
+                        started = time.perf_counter()
+                        loop()
+                        times[-1].append(1000 * (time.perf_counter() - started) / steps)
+        times = times[1:]  # the first round warms up
+        line = f"{kind:6}" + "".join(
+            f"{median(column):8.1f}" for column in zip(*times, strict=True)
+        )
+        for above, below in ((1, 0), (2, 1)):
+            ratios = [row[above] / row[below] for row in times]
+            line += f"  {median(ratios):5.3f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(line, flush=True)
 
 
 def score_kaggle(folder: Path, solution: Path | None) -> None:
     """Write MNIST as Kaggle's files, with 42,000 rows to train on, or score a solution of them."""
+    digits = rm.read_mnist("data")
     if solution is None:
         folder.mkdir(parents=True, exist_ok=True)
-        write_kaggle(rm.read_mnist("data"), folder, 42_000)
+        write_kaggle(digits, folder, 42_000)
         return
-    digits = rm.read_mnist("data")
-    labels = torch.cat([digits.train_labels, digits.test_labels])[42_000:].tolist()
+    labels = torch.cat(digits[1::2])[42_000:].tolist()
     with open(solution) as file:
-        right = [int(row["Label"]) for row in csv.DictReader(file)]
-    correct = sum(a == b for a, b in zip(labels, right, strict=True))
+        answers = [int(row["Label"]) for row in csv.DictReader(file)]
+    correct = sum(a == b for a, b in zip(labels, answers, strict=True))
     print(f"{correct:,} of {len(labels):,} right: {100 * correct / len(labels):.2f} %")
 
 
@@ -2515,8 +1602,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=benchmark.__doc__)
     parser.add_argument("--kaggle", type=Path, metavar="DIR", help=score_kaggle.__doc__)
     parser.add_argument("--score", type=Path, metavar="FILE", help="solution.csv to score")
-    parser.add_argument("--kill", type=int, metavar="N", help=be_killed.__doc__)
-    parser.add_argument("--fuzz", type=int, metavar="N", help=fuzz.__doc__)
+    parser.add_argument("--kill", type=int, metavar="N", help="kill a run so many times, compare")
+    parser.add_argument("--fuzz", type=int, metavar="N", help="try so many damaged files")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.kill:
