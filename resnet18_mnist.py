@@ -16,12 +16,12 @@ Each section is a notebook cell that needs only the ones above it:
     3  Data          70,000 digits as tensors; a batch is an index into them
     4  Device        where to compute, in which number format, in how many processes
     5  Training      the loop, evaluation, early stopping, checkpoints
-    6  Pictures      the report, curves, mistakes, feature maps, the table of layers
+    6  Report        and pictures: curves, mistakes, feature maps, the table of layers
     7  Other digits  synthetic ones, Kaggle's tables, your own images
     8  Other nets    LeNet-5, plain networks, weights to start from
     9  Command line  train, evaluate, predict, describe
 
-Whoever stops after section 5, at line 837, has read how a ResNet is built and trained.
+Whoever stops after section 5, at line 804, has read how a ResNet is built and trained.
 
 Sources: He 2015a, Deep Residual Learning for Image Recognition, arXiv:1512.03385. He 2015b, Delving
 Deep into Rectifiers, arXiv:1502.01852. Ioffe 2015, Batch Normalization, arXiv:1502.03167. Goyal
@@ -34,7 +34,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -42,7 +41,7 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,22 +57,21 @@ from torchvision.transforms.v2 import functional as TF
 # A plain network asks a stack of layers for a mapping H(x). A residual network asks it only for
 # the difference from its input, F(x) = H(x) - x, and adds x back: y = F(x) + x (He 2015a, eq. 1).
 # Where the identity is nearly right, small weights are enough, so a deeper network need not train
-# worse than a shallower one, as plain networks do (fig. 1).
-#
-# Layers have torchvision's names and order, so that state dicts are interchangeable.
+# worse than a shallower one, as plain networks do (fig. 1). Layers have torchvision's names and
+# order, so that state dicts are interchangeable.
 
 
 def conv3x3(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
     """3×3 convolution with padding 1: (N, in, H, W) → (N, out, ⌈H/stride⌉, ⌈W/stride⌉)."""
-    # No bias: the batch norm behind it subtracts the mean, and any bias with it (Ioffe 2015, 3.2).
+    # No bias: the batch norm after it subtracts the mean, and any bias with it (Ioffe 2015, 3.2).
     return nn.Conv2d(in_planes, out_planes, 3, stride=stride, padding=1, bias=False)
 
 
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions and a shortcut around them (He 2015a, fig. 5 left).
 
-    (N, inplanes, H, W) → (N, planes, ⌈H/stride⌉, ⌈W/stride⌉); "planes" are channels. Where the
-    two shapes differ, the module ``downsample`` takes the shortcut from one to the other (eq. 2).
+    (N, inplanes, H, W) → (N, planes, ⌈H/stride⌉, ⌈W/stride⌉); planes are channels. Where the two
+    shapes differ, ``downsample`` takes the shortcut from one to the other (eq. 2).
     """
 
     expansion = 1  # channels that leave the block, divided by planes
@@ -92,7 +90,7 @@ class BasicBlock(nn.Module):
         residual = self.relu(self.bn1(self.conv1(x)))
         residual = self.bn2(self.conv2(residual))
         shortcut = x if self.downsample is None else self.downsample(x)
-        # The last ReLU comes after the sum: before it, a residual could only add.
+        # The last ReLU comes after the sum; inside F, it would let the residual only add.
         return self.relu(residual + shortcut)
 
 
@@ -135,10 +133,8 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """A stem, four stages of blocks, the mean over the last map, a linear classifier.
 
-    ``block`` is BasicBlock or Bottleneck; ``layers`` says how many of it each stage has. The stem
-    "imagenet", a 7×7 with stride 2 and a max-pool, shrinks each side to a quarter. The stem
-    "cifar", a 3×3 with stride 1, keeps every pixel of a small image, like the first layer of the
-    paper's networks for CIFAR-10 (He 2015a, 4.2).
+    ``layers`` is the number of blocks in each stage. The stem "imagenet" shrinks each side to a
+    quarter; "cifar" keeps every pixel of a small image, as for CIFAR-10 (He 2015a, 4.2).
     """
 
     def __init__(self, block, layers: list[int], num_classes=10, input_channels=1, stem="imagenet"):
@@ -169,7 +165,7 @@ class ResNet(nn.Module):
         outplanes = planes * block.expansion
         downsample = None
         if stride != 1 or self.inplanes != outplanes:
-            # A projection where the shape changes, the identity elsewhere (He 2015a, 4.1, B).
+            # A projection where the shape changes, the identity elsewhere (He 2015a, 4.1 B).
             projection = conv1x1(self.inplanes, outplanes, stride)
             downsample = nn.Sequential(projection, nn.BatchNorm2d(outplanes))
         layer = nn.Sequential(block(self.inplanes, planes, stride, downsample))
@@ -195,14 +191,12 @@ class ResNet(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         maps = {"stem": x}
         for name in ("layer1", "layer2", "layer3", "layer4"):
-            x = self.get_submodule(name)(x)
-            maps[name] = x
+            x = maps[name] = self.get_submodule(name)(x)
         maps["pooled"] = torch.flatten(self.avgpool(x), 1)
         return maps
 
 
-# Which block, and how many of them in each stage (He 2015a, table 1). The options are those of
-# ResNet: num_classes, input_channels, stem.
+# Blocks per stage: He 2015a, table 1. The options are ResNet's: num_classes, input_channels, stem.
 def resnet18(**options: Any) -> ResNet:
     """ResNet-18: 11.2 million parameters for 10 classes."""
     return ResNet(BasicBlock, [2, 2, 2, 2], **options)
@@ -230,16 +224,15 @@ def resnet152(**options: Any) -> ResNet:
 
 # %% 2. Recipe
 #
-# A recipe is everything that decides the numbers of a run. Each setting below is one line: its
-# name, its default and what it means. It is also a flag: ``lr_factor`` is --lr-factor.
+# The settings of a run. Each is also a flag: ``lr_factor`` is --lr-factor.
 
 
 class UserError(Exception):
     """An error that the user can fix: the command line says it in one line and exits with 2."""
 
 
-def setting(default: Any, help: str, low: float | None = None) -> Any:
-    """Return a dataclass field with its help; numbers must not be below ``low``."""
+def setting(default: Any, help: str, low: float = 0) -> Any:
+    """Return a dataclass field, with its help for --help; a number must not be below ``low``."""
     return field(default=default, metadata={"help": help, "low": low})
 
 
@@ -255,40 +248,38 @@ class Recipe:
     weights: str = setting("", "weights to start from: imagenet, or a file")
     freeze: str = setting("", "parts that keep their weights, as in conv1,bn1,layer1")
     # Data
-    dataset: str = setting("mnist", "without this flag, synthetic stands in for missing mnist: ")
+    dataset: str = setting("mnist", "data to read; unless asked for, mnist may become synthetic: ")
     normalize: str = setting("mnist", "whose mean and deviation normalize the pixels: ")
-    val_size: int = setting(0, "training images held out for validation; 0: a twelfth", low=0)
+    val_size: int = setting(0, "training images held out for validation; 0: a twelfth")
     select_on: str = setting("val", "val, or test: choose the epoch on the test set (optimistic)")
-    limit: int = setting(0, "number of training images; 0: all of them", low=0)
-    rotate: float = setting(10.0, "augmentation: maximum rotation, in degrees", low=0)
-    shift: float = setting(0.1, "augmentation: maximum shift, as a part of the side", low=0)
-    stretch: float = setting(0.0, "augmentation: maximum stretch and shear, as a part", low=0)
+    limit: int = setting(0, "number of training images; 0: all of them")
+    rotate: float = setting(10.0, "augmentation: maximum rotation, in degrees")
+    shift: float = setting(0.1, "augmentation: maximum shift, as a part of the side")
+    stretch: float = setting(0.0, "augmentation: maximum stretch and shear, as a part of the side")
     # Training
     epochs: int = setting(10, "maximum number of passes over the training images", low=1)
     batch_size: int = setting(128, "images per batch, over all processes", low=2)
     accumulate: int = setting(1, "batches whose gradients make one update", low=1)
     optimizer: str = setting("sgd", "what turns gradients into updates: ")
-    lr: float = setting(0.01, "learning rate; for onecycle, the highest one", low=0)
-    momentum: float = setting(0.9, "momentum of sgd and nesterov", low=0)
-    weight_decay: float = setting(5e-4, "weight decay of all parameters", low=0)
+    lr: float = setting(0.01, "learning rate; for onecycle, the highest one")
+    momentum: float = setting(0.9, "momentum of sgd and nesterov")
+    weight_decay: float = setting(5e-4, "weight decay of all parameters")
     scheduler: str = setting("plateau", "what lowers the learning rate: ")
-    lr_factor: float = setting(0.3, "plateau, step: factor that lowers the learning rate", low=0)
-    lr_patience: int = setting(0, "plateau: epochs without a lower loss to wait for", low=0)
+    lr_factor: float = setting(0.3, "plateau, step: factor that lowers the learning rate")
+    lr_patience: int = setting(0, "plateau: epochs without a lower loss that it tolerates")
     lr_step: int = setting(5, "step: epochs from one step to the next", low=1)
     patience: int = setting(5, "epochs without a lower validation loss that end a run", low=1)
     # Run
-    seed: int = setting(0, "fixes split, first weights, order and augmentation", low=0)
+    seed: int = setting(0, "fixes split, first weights, order and augmentation")
     precision: str = setting("auto", "fp32, bf16; auto: bf16 where the hardware computes it fast")
 
     def __post_init__(self):
         for entry in fields(self):
-            value = getattr(self, entry.name)
-            expected = type(entry.default)
-            allowed = (int, float) if expected is float else expected
-            if not isinstance(value, allowed):
-                raise UserError(f"{entry.name} is no {expected.__name__}, but {value!r:.50}")
-            low = entry.metadata["low"]
-            if low is not None and not low <= value <= 2**32:
+            value, low = getattr(self, entry.name), entry.metadata["low"]
+            kind = type(entry.default)
+            if not isinstance(value, (int, float) if kind is float else kind):
+                raise UserError(f"{entry.name} must be {kind.__name__}, not {value!r:.50}")
+            if kind in (int, float) and not low <= value <= 2**32:
                 raise UserError(f"{entry.name} is {value}, not from {low} to {2**32}")
 
 
@@ -298,21 +289,20 @@ def explaining(message: str) -> Iterator[None]:
     try:
         yield
     except UserError:
-        raise  # which has said what to say
+        raise  # already explained
     except Exception as error:
         words = str(error).strip() or type(error).__name__
         raise UserError(f"{message}: {words.splitlines()[0]}") from error
 
 
 def look_up(table: dict[str, Any], name: str, what: str) -> Any:
-    """Return ``table[name]``; a UserError for another name lists those that there are."""
+    """Return ``table[name]``; for an unknown name, a UserError lists the known ones."""
     if name not in table:
         raise UserError(f"{what} {name!r} is not one of {', '.join(table)}")
     return table[name]
 
 
-# Ways in which ResNets are trained on MNIST; the README has their results. A setting that is not
-# named has its default. A patience of 99 switches early stopping off.
+# Ways in which ResNets are trained on MNIST. A patience of 99 switches early stopping off.
 # fmt: off
 RECIPES = {
     "plateau":   Recipe(),
@@ -335,24 +325,20 @@ RECIPES = {
 # %% 3. Data
 #
 # MNIST is 55 MB of bytes, so it lives as uint8 tensors on the device that trains. A batch is an
-# index into them, then made float, augmented and normalized as a whole. With no Python per image
-# and no worker processes, preparing a batch takes little time beside training on it.
+# index into them, then made float, augmented and normalized as a whole, in little time.
 
-# Channels, pixels per side, and the stem of a ResNet that suits them.
+# Channels, pixels per side, and the stem that suits them.
 INPUTS = {"gray28": (1, 28, "imagenet"), "rgb32": (3, 32, "cifar")}
 
-# Mean and standard deviation of pixels scaled to 0–1: of MNIST's 60,000 training images, and of
-# the 42,000 in Kaggle's train.csv.
+# Mean and standard deviation of the pixels of the training images, scaled to 0–1.
 STATISTICS = {"mnist": (0.1307, 0.3081), "kaggle": (0.1310, 0.3085), "none": (0.0, 1.0)}
-
-EVALUATION_BATCH = 250  # images per batch without gradients; the fastest size that was measured
 
 
 def read_mnist(data_dir: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Read MNIST from ``data_dir``/MNIST/raw, after downloading what is missing there.
+    """Read MNIST from ``data_dir``/MNIST/raw, after downloading what is missing. Raises UserError.
 
-    Returns the training images (60000, 28, 28) uint8, light ink on dark ground, their labels
-    (60000,) int64, and the same of the 10,000 test images. Raises UserError.
+    Returns training images (60000, 28, 28) uint8, light ink on dark ground, labels (60000,) int64,
+    and the same of the 10,000 test images.
     """
     folder = Path(data_dir, "MNIST")
     with explaining(f"cannot read MNIST's four files in {folder / 'raw'}"):
@@ -385,15 +371,12 @@ def split_by_class(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Te
 
 
 def distort(images: Tensor, draws: Tensor, recipe: Recipe) -> Tensor:
-    """Rotate, shift and stretch each image (N, C, H, W) by its own draws (2, N, 3) in [-1, 1).
-
-    torchvision's transforms give one draw to a whole batch (its issue 8484). What moves in from
-    outside is 0, background.
-    """
+    """Rotate, shift and stretch each image (N, C, H, W) by its own draws (2, N, 3) in [-1, 1)."""
+    # torchvision's transforms give one draw to a whole batch (its issue 8484).
     angle = math.radians(recipe.rotate) * draws[0, :, 0]
-    dx, dy = 2 * recipe.shift * draws[0, :, 1:].T
+    dx, dy = 2 * recipe.shift * draws[0, :, 1:].T  # sides are 2 long here
     wide, slant, high = recipe.stretch * draws[1].T
-    # theta says which input position (x, y), from -1 to 1, an output position copies.
+    # theta says at which input position (x, y), from -1 to 1, an output position reads.
     x_row = torch.stack([angle.cos() + wide, slant - angle.sin(), dx], dim=1)
     y_row = torch.stack([angle.sin(), angle.cos() + high, dy], dim=1)
     theta = torch.stack([x_row, y_row], dim=1)  # (N, 2, 3)
@@ -402,20 +385,19 @@ def distort(images: Tensor, draws: Tensor, recipe: Recipe) -> Tensor:
 
 
 class TensorLoader:
-    """Iterates over images (N, 28, 28) uint8 and labels (N,) in batches, as a network wants them.
+    """Batches (B, C, S, S) float, with labels (B,), of images (N, 28, 28) uint8 and labels (N,).
 
-    A batch is (B, C, S, S) float, of the recipe's input, and labels (B,). With ``train`` it is
-    shuffled and augmented, by torch's global random numbers like the order of a DataLoader.
+    With ``train`` they are shuffled and augmented by torch's global random numbers.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, recipe: Recipe, train: bool = False):
         self.images, self.labels = images[:, None], labels
         self.recipe, self.train = recipe, train
-        self.batch_size = recipe.batch_size if train else EVALUATION_BATCH
+        self.batch_size = recipe.batch_size if train else 250  # no effect on results, only on speed
         self.rank, self.world_size = 0, 1  # which process this is, of how many (section 4)
 
     def to(self, device: torch.device | str, rank: int = 0, world_size: int = 1) -> TensorLoader:
-        """Move all images to ``device``, once; of ``world_size`` processes serve this ``rank``."""
+        """Move all images to ``device``, once; serve process ``rank`` of ``world_size``."""
         self.images, self.labels = self.images.to(device), self.labels.to(device)
         if self.train:  # to test, each process takes all images
             self.rank, self.world_size = rank, world_size
@@ -423,82 +405,73 @@ class TensorLoader:
         return self
 
     def __len__(self) -> int:
-        batches, rest = divmod(len(self.labels) // self.world_size, self.batch_size)
+        n = len(self.labels) // self.world_size
         # Batch norm on a 1×1 map needs two images, so training leaves out a last batch of one.
-        return batches + 1 if rest > (1 if self.train else 0) else batches
+        return math.ceil((n - 1 if self.train else n) / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         n, recipe, device = len(self.labels), self.recipe, self.images.device
         channels, size, _ = look_up(INPUTS, recipe.input, "input")
         mean, std = look_up(STATISTICS, recipe.normalize, "normalize")
-        # Drawn on the CPU, so that the numbers do not depend on the device.
-        if self.train:
-            order, draws = torch.randperm(n), 2 * torch.rand(2, n, 3).to(device) - 1
-        else:
-            order, draws = torch.arange(n), None
+        order = torch.arange(n)
+        if self.train:  # drawn on the CPU, so that the numbers do not depend on the device
+            order = torch.randperm(n)
+            draws = 2 * torch.rand(2, n, 3).to(device) - 1
         # Each process takes every world_size-th image, and all take equally many.
         order = order[self.rank :: self.world_size][: n // self.world_size].to(device)
         for index in order.split(self.batch_size)[: len(self)]:
             x = TF.resize(self.images[index], [size, size], antialias=False)
             x = x.float() / 255  # (B, 1, S, S)
-            if draws is not None and (recipe.rotate or recipe.shift or recipe.stretch):
+            if self.train and (recipe.rotate or recipe.shift or recipe.stretch):
+                # Before pixels are normalized: what moves in from outside is 0, the ground.
                 x = distort(x, draws[:, index], recipe)
             x = (x - mean) / std
             yield x.expand(-1, channels, -1, -1), self.labels[index]
 
 
 class MNISTDataLoader:
-    """A data set as three loaders: ``.train``, ``.val`` and ``.test``.
-
-    ``changes`` are settings of the recipe, as in ``MNISTDataLoader(batch_size=64)``. Where there
-    are no test images, ``.test`` is ``.val``. Raises UserError.
-    """
+    """A data set as loaders .train, .val, .test; ``changes`` change the recipe. UserError."""
 
     def __init__(self, data_dir: str | Path = "data", recipe: Recipe | None = None, **changes: Any):
         recipe = replace(recipe or Recipe(), **changes)
         on_test = look_up({"val": False, "test": True}, recipe.select_on, "select_on")
         images, labels, *test = look_up(READERS, recipe.dataset, "dataset")(data_dir)
-        val_size = 0 if on_test else recipe.val_size or len(labels) // 12
+        val_size = 0 if on_test else (recipe.val_size or len(labels) // 12)
         train, val = split_by_class(labels, val_size, recipe.seed)
         train = train[: recipe.limit or None]
-        if len(train) < 2 or not len(test[1] if on_test else val):
-            raise UserError(f"{len(train)} images to train on, {len(val)} to select on: too few")
         self.train = TensorLoader(images[train], labels[train], recipe, train=True)
         self.val = TensorLoader(images[val], labels[val], recipe)
-        self.test = TensorLoader(test[0], test[1], recipe) if len(test[1]) else self.val
+        self.test = TensorLoader(*test, recipe)
         if on_test:
             self.val = self.test
+        elif len(self.test) == 0:  # as in Kaggle's data
+            self.test = self.val
+        if len(self.train) == 0 or len(self.val) == 0:
+            raise UserError("too few images to train on or to select on: see --limit, --val-size")
 
     def get_data_loaders(self) -> tuple[TensorLoader, TensorLoader]:
-        """Return (train, test)."""
+        """Return (train, test); to choose epochs by, use .val."""
         return self.train, self.test
 
 
 # %% 4. Device
 #
 # bfloat16 keeps the exponent of float32 in half the bytes. Hardware that multiplies it is faster,
-# and unlike in float16 small gradients do not vanish, so the loss needs no scaling.
-
-
-def describe_device(device: torch.device) -> str:
-    """Return the device with the name that its maker gave it."""
-    name = f"{platform.machine()}, threads: {torch.get_num_threads()}"
-    if device.type in ("cuda", "xpu"):
-        name = getattr(torch, device.type).get_device_name(device)
-    return f"{device} ({name})"
+# and unlike in float16 small gradients do not vanish. Its numbers have three digits; weights stay
+# float32.
 
 
 def pick_device(name: str | torch.device | None = None) -> torch.device:
-    """Return the named device ("cpu", "cuda:1", "mps", "xpu"), or else the best; UserError."""
+    """Return the named device ("cpu", "cuda:1", "mps", "xpu"), or the best. Raises UserError."""
     backends = {"cuda": torch.cuda, "mps": torch.backends.mps, "xpu": torch.xpu}
     present = [device for device, backend in backends.items() if backend.is_available()]
     for candidate in [name] if name else present:
         try:
-            with explaining(f"there is no device {candidate}"):
+            with explaining(f"there is no device {candidate} here"):
                 device = torch.device(candidate)
-                card = describe_device(device)
+                card = torch.cuda.get_device_name(device) if device.type == "cuda" else device
             # Only computing tells: this PyTorch may lack kernels for an old or a new card.
-            with explaining(f"this PyTorch cannot compute on {card}, but --device cpu works"):
+            with explaining(f"this PyTorch cannot compute on {card}; --device cpu works"):
                 (torch.ones(1, device=device) + 1).item()
             return device
         except UserError as error:
@@ -528,8 +501,8 @@ def autocast(device: torch.device | str, precision: str) -> contextlib.AbstractC
 def init_distributed(device: torch.device) -> torch.device:
     """Join the processes that torchrun started, if it did, and return this one's device.
 
-    Each trains on its share of every batch. DistributedDataParallel averages their gradients, so
-    all of them take the same steps.
+    Each trains on its share of every batch, batch norm included. DistributedDataParallel averages
+    their gradients, so all of them take the same steps.
     """
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         return device
@@ -551,9 +524,9 @@ def get_rank_and_world_size() -> tuple[int, int]:
 
 # %% 5. Training
 #
-# train_one_epoch() and evaluate() are the core. ResNetTrainer repeats them, lowers the learning
-# rate, stops when nothing improves any more, and after each epoch saves all that is needed to go
-# on as if nothing had happened.
+# train_one_epoch() and evaluate() are the core. ResNetTrainer repeats them until nothing improves
+# any more. After each epoch it saves what it needs to go on: to the last bit, on the same CPU with
+# as many threads.
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -569,8 +542,8 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Go through the loader once; return loss (mean, nats) and accuracy (%).
 
-    Both are of the batches as the model met them, still learning. ``scheduler`` steps at every
-    update. A terminal shows a live line. Raises UserError for a loss that is not finite.
+    Both are measured while the model learns, before each update. ``scheduler`` steps at every
+    update. Raises UserError for a loss that is not finite.
     """
     model.train()
     for layer in model.modules():  # a frozen batch norm keeps its statistics as well
@@ -584,12 +557,13 @@ def train_one_epoch(
             logits = model(images)  # (N, 10)
             loss = F.cross_entropy(logits, labels)
         # An update takes the mean gradient over its batches; the last one may have fewer.
-        batches = min(accumulate, len(loader) - (step - 1) // accumulate * accumulate)
+        start = (step - 1) // accumulate * accumulate
+        batches = min(accumulate, len(loader) - start)
         (loss / batches).backward()
         if step % accumulate == 0 or step == len(loader):
             optimizer.step()
             optimizer.zero_grad()
-            if scheduler:
+            if scheduler and not isinstance(scheduler, ReduceLROnPlateau):  # it steps per epoch
                 scheduler.step()
 
         correct = (logits.argmax(dim=1) == labels).sum()
@@ -601,9 +575,8 @@ def train_one_epoch(
             mean_loss = (totals[0] / totals[2]).item()
             if not math.isfinite(mean_loss):
                 raise UserError(f"the loss became {mean_loss} by step {step}: try a lower --lr")
-            if sys.stdout and sys.stdout.isatty():
-                line = f"batch {step}/{len(loader)}  loss {mean_loss:.4f}"
-                say(f"\r\033[K{line if step < len(loader) else ''}", end="")
+            if sys.stdout and sys.stdout.isatty():  # a live line, which the next one overwrites
+                say(f"batch {step}/{len(loader)}  loss {mean_loss:.4f}\033[K", end="\r")
     if get_rank_and_world_size()[1] > 1:
         dist.all_reduce(totals)  # the sum over all processes
     mean_loss, share, _ = (totals / totals[2]).tolist()
@@ -632,8 +605,7 @@ def evaluate(model: nn.Module, loader, device: Any = "cpu", precision="fp32") ->
     }
 
 
-# Each entry makes an optimizer for parameters p, which bring learning rate and weight decay with
-# them, as the recipe r says.
+# Optimizers, made of parameter groups p, which have learning rate and weight decay, and a recipe r.
 OPTIMIZERS: dict[str, Callable] = {
     "sgd": lambda p, r: torch.optim.SGD(p, momentum=r.momentum),
     "nesterov": lambda p, r: torch.optim.SGD(p, momentum=r.momentum, nesterov=True),
@@ -642,8 +614,8 @@ OPTIMIZERS: dict[str, Callable] = {
     "rmsprop": lambda p, r: torch.optim.RMSprop(p),
 }
 
-# Each entry makes a scheduler for an optimizer o with n updates per epoch. ReduceLROnPlateau steps
-# after an epoch, by its validation loss, and all others at every update.
+# Schedulers, made of an optimizer o, n updates per epoch, and a recipe r. "plateau" steps after
+# each epoch, by its validation loss; all others step at every update.
 SCHEDULERS: dict[str, Callable] = {
     "plateau": lambda o, n, r: ReduceLROnPlateau(o, "min", r.lr_factor, r.lr_patience, threshold=0),
     "step": lambda o, n, r: StepLR(o, r.lr_step * n, r.lr_factor),
@@ -657,19 +629,20 @@ def fast_small_maps(model: nn.Module) -> Iterator[None]:
     """In this context, train 3×3 convolutions faster where they have a single position.
 
     On a 1×1 map, or with stride 2 on 2×2, most of the nine taps meet padding only. Without them
-    the same sum is a matrix product. In eval mode it stays the convolution, to the last bit.
+    the same sum is a matrix product.
     """
 
     def forward(conv: nn.Conv2d, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
-        if not conv.training or height > conv.stride[0] or width > conv.stride[1]:
-            return nn.Conv2d.forward(conv, x)
+        if not conv.training or max(height, width) > min(*conv.stride, 2):
+            return nn.Conv2d.forward(conv, x)  # to evaluate: a saved network gives the same bits
         taps = conv.weight[:, :, 1 : 1 + height, 1 : 1 + width]
         return F.linear(x.flatten(1), taps.flatten(1), conv.bias)[:, :, None, None]
 
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    usual = conv3x3(1, 1)  # only those like it, at any stride
     for name in ("kernel_size", "padding", "padding_mode", "dilation", "groups"):
-        layers = [layer for layer in layers if getattr(layer, name) == getattr(conv3x3(1, 1), name)]
+        layers = [layer for layer in layers if getattr(layer, name) == getattr(usual, name)]
     for layer in layers:
         layer.forward = types.MethodType(forward, layer)
     try:
@@ -680,39 +653,37 @@ def fast_small_maps(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def open_atomically(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file to write: a kill at any moment leaves the old one or the new one, whole."""
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a file to write instead: a kill at any moment leaves the old one or the new, whole."""
     temporary = path.with_name(f".{path.name}.tmp")
     with explaining(f"cannot write {path}"):
         try:
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
+            yield temporary
+            with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())  # else a power cut may leave the new name on an empty file
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
 
+# What the history keeps of each epoch, and how it is printed.
+COLUMNS = ["epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy"]
+COLUMNS += ["learning_rate", "seconds"]
 HEADER = "epoch  train loss       %   val loss       %        lr       s"
-ROW = (
-    "{epoch:5}{train_loss:12.4f}{train_accuracy:8.2f}{val_loss:11.4f}{val_accuracy:8.2f}"
-    "{learning_rate:10.2g}{seconds:8.1f}"
-)
+ROW = "{:5}{:12.4f}{:8.2f}{:11.4f}{:8.2f}{:10.2g}{:8.1f}"
 
 
 def best_epoch(history: dict[str, list]) -> int:
     """Return the epoch, counted from 1, with the lowest validation loss; 0 before the first."""
-    losses = history.get("val_loss")
+    losses = history["val_loss"]
     return 1 + losses.index(min(losses)) if losses else 0
 
 
 class ResNetTrainer:
-    """Trains and tests a model: optimizer, scheduler, early stopping, checkpoints.
+    """Trains and tests a classifier; parameters with requires_grad=False stay as they are.
 
-    ``model`` is any classifier; parameters with requires_grad=False stay as they are. ``device``
-    None picks the best. The recipe's settings of network and data are not used. ``run_dir``
-    receives best.pt, last.pt and history.csv; None writes nothing.
+    ``device`` None picks the best. The recipe's network, data and batch size are not used.
+    ``run_dir`` receives best.pt, last.pt and history.csv; None writes nothing.
     """
 
     def __init__(self, model: nn.Module, device=None, recipe: Recipe | None = None, run_dir=None):
@@ -720,8 +691,7 @@ class ResNetTrainer:
         self.run_dir = Path(run_dir) if run_dir else None
         self.device = pick_device(device)
         self.precision = pick_precision(self.recipe.precision, self.device)
-        # The layout that cuDNN and oneDNN prefer; on mps it gave wrong gradients (PyTorch's issue
-        # 175189).
+        # cuDNN and oneDNN prefer channels_last; on mps its gradients were wrong (issue 175189).
         layout = torch.preserve_format if self.device.type == "mps" else torch.channels_last
         self.model = model.to(self.device, memory_format=layout)
 
@@ -729,9 +699,9 @@ class ResNetTrainer:
         """Train; end with the weights of the best epoch, in eval mode; return the history.
 
         Loaders are iterables of (images, labels) with a length; without a ``val_loader`` the
-        training loss decides. ``resume`` is the content of last.pt, to go on from. ``changes``
-        (num_epochs, learning_rate, all of the recipe's names) change the recipe. The history has
-        a list for each quantity, with a value per epoch. Raises UserError.
+        training loss decides. ``resume`` is the content of last.pt. ``changes`` (num_epochs,
+        learning_rate, all of the recipe's names) change the recipe. The history has a list for
+        each of COLUMNS, with a value per epoch. Raises UserError.
         """
         names = {"num_epochs": "epochs", "learning_rate": "lr"}
         changes = {names.get(name, name): value for name, value in changes.items()}
@@ -741,86 +711,83 @@ class ResNetTrainer:
         for loader in (train_loader, val_loader):
             if isinstance(loader, TensorLoader):
                 loader.to(self.device, rank, world_size)
-        weights = [p for p in self.model.parameters() if p.requires_grad]
-        group = {"params": weights, "lr": recipe.lr, "weight_decay": recipe.weight_decay}
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        group = {"params": trainable, "lr": recipe.lr, "weight_decay": recipe.weight_decay}
         updates = math.ceil(len(train_loader) / recipe.accumulate)
         with explaining("this recipe cannot be followed"):
-            optimizer = look_up(OPTIMIZERS, recipe.optimizer, "optimizer")([group], recipe)
+            self.optimizer = look_up(OPTIMIZERS, recipe.optimizer, "optimizer")([group], recipe)
             schedule = look_up(SCHEDULERS, recipe.scheduler, "scheduler")
-            scheduler = schedule(optimizer, updates, recipe)
-        parts = {"model": self.model, "optimizer": optimizer, "scheduler": scheduler}
-        history, best_weights = {}, {}
+            self.scheduler = schedule(self.optimizer, updates, recipe)
+        self.history, self.best_weights = {name: [] for name in COLUMNS}, {}
         if resume:
-            with explaining("this run cannot be resumed"):
-                for name, part in parts.items():
-                    part.load_state_dict(resume[name])
-                history, best_weights = resume["history"], resume["best_model"]
+            with explaining("this cannot be resumed; the last.pt of a run can"):
+                for name in ("model", "optimizer", "scheduler"):
+                    getattr(self, name).load_state_dict(resume[name])
+                self.history, self.best_weights = resume["history"], resume["best_model"]
         ddp_model = DistributedDataParallel(self.model) if world_size > 1 else self.model
-        self._save(parts, history, best_weights)  # a run killed in epoch 1 can be resumed, too
+        self._save(is_best=False)  # a run killed in epoch 1 can be resumed, too
         say(HEADER)
-        epoch = len(history.get("epoch", []))
-        while epoch < recipe.epochs and epoch - best_epoch(history) < recipe.patience:
-            epoch += 1
-            row = self._run_epoch(epoch, ddp_model, optimizer, scheduler, train_loader, val_loader)
-            for name, value in row.items():
-                history.setdefault(name, []).append(value)
-            if best_epoch(history) == epoch:
-                for name, tensor in self.model.state_dict().items():
-                    best_weights[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
-            self._save(parts, history, best_weights)
-            mark = "  best" if best_epoch(history) == epoch else ""
-            say(ROW.format(**row) + mark)
-        if epoch < recipe.epochs:
-            say(f"stopped early: no lower loss for {recipe.patience} epochs")
-        self.model.load_state_dict(best_weights)
+        history = self.history
+        for epoch in range(len(history["epoch"]) + 1, recipe.epochs + 1):
+            if epoch - best_epoch(history) > recipe.patience:
+                say(f"stopped early: no lower loss for {recipe.patience} epochs")
+                break
+            row = self._run_epoch(epoch, ddp_model, train_loader, val_loader)
+            for name, value in zip(COLUMNS, row, strict=True):
+                history[name].append(value)
+            is_best = best_epoch(history) == epoch
+            if is_best:
+                for name, w in self.model.state_dict().items():
+                    self.best_weights[name] = w.cpu().clone(memory_format=torch.contiguous_format)
+            self._save(is_best)
+            say(ROW.format(*row) + ("  best" if is_best else ""))
+        self.model.load_state_dict(self.best_weights)
         self.model.eval()
         return history
 
-    def _run_epoch(self, epoch, ddp_model, optimizer, scheduler, train_loader, val_loader) -> dict:
-        """Train for an epoch and validate; return its row of the history."""
-        started, learning_rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
-        device, precision, recipe = self.device, self.precision, self.recipe
-        by_loss = isinstance(scheduler, ReduceLROnPlateau)
+    def _run_epoch(self, epoch: int, model, train_loader, val_loader) -> list:
+        """Train for an epoch and validate; return the values of COLUMNS."""
+        started = time.perf_counter()
+        optimizer, scheduler = self.optimizer, self.scheduler
+        learning_rate, accumulate = optimizer.param_groups[0]["lr"], self.recipe.accumulate
         with torch.random.fork_rng(range(torch.cuda.device_count())), fast_small_maps(self.model):
             # Order, augmentation and dropout follow from seed and epoch alone, so a resumed run
-            # need not know what was drawn before. Two seeds are a million epochs apart.
-            torch.manual_seed(recipe.seed * 1_000_003 + epoch)
-            stepping = None if by_loss else scheduler
+            # need not know what was drawn before. The factor keeps two seeds' epochs from meeting.
+            torch.manual_seed(self.recipe.seed * 1_000_003 + epoch)
             train = val = train_one_epoch(
-                ddp_model, train_loader, optimizer, stepping, device, precision, recipe.accumulate
+                model, train_loader, optimizer, scheduler, self.device, self.precision, accumulate
             )
             if val_loader is not None:
-                val = evaluate(self.model, val_loader, device, precision)
-        row = {"epoch": epoch, "train_loss": train["loss"], "train_accuracy": train["accuracy"]}
-        row |= {"val_loss": val["loss"], "val_accuracy": val["accuracy"]}
-        row |= {"learning_rate": learning_rate, "seconds": time.perf_counter() - started}
+                val = self.test(val_loader)
+        numbers = [val["loss"], val["accuracy"]]
         if get_rank_and_world_size()[1] > 1:
-            rows = [row]
-            dist.broadcast_object_list(rows)  # all go by the numbers of the first process
-            row = rows[0]
-        if not math.isfinite(row["val_loss"]):
-            raise UserError(f"the validation loss became {row['val_loss']}: try a lower --lr")
-        if by_loss:
-            scheduler.step(row["val_loss"])
-        return row
+            dist.broadcast_object_list(numbers)  # batch norms differ: all go by the first's
+        loss, accuracy = numbers
+        if not math.isfinite(loss):
+            raise UserError(f"the validation loss became {loss}: try a lower --lr")
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(loss)
+        seconds = time.perf_counter() - started
+        return [epoch, train["loss"], train["accuracy"], loss, accuracy, learning_rate, seconds]
 
-    def _save(self, parts: dict, history: dict[str, list], best_weights: dict) -> None:
+    def _save(self, is_best: bool) -> None:
         """Write best.pt, history.csv and last.pt; a kill in between costs a repeat of the epoch."""
         if not self.run_dir:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        common = {"recipe": asdict(self.recipe), "history": history}
-        if history and best_epoch(history) == history["epoch"][-1]:
-            with open_atomically(self.run_dir / "best.pt") as file:
-                torch.save({**common, "model": best_weights}, file)
-        lines = [",".join(history)]
-        for row in zip(*history.values(), strict=True):
-            lines.append(",".join(map(str, row)))
-        with open_atomically(self.run_dir / "history.csv") as file:
-            file.write("\n".join([*lines, ""]).encode())
-        states = {name: part.state_dict() for name, part in parts.items()}
-        with open_atomically(self.run_dir / "last.pt") as file:
-            torch.save({**common, **states, "best_model": best_weights}, file)
+        best = {"recipe": asdict(self.recipe), "history": self.history, "model": self.best_weights}
+        last = {**best, "best_model": self.best_weights}
+        for name in ("model", "optimizer", "scheduler"):
+            last[name] = getattr(self, name).state_dict()
+        rows = [self.history, *zip(*self.history.values(), strict=True)]
+        table = "".join(",".join(map(str, row)) + "\n" for row in rows)
+        if is_best:
+            with replacing(self.run_dir / "best.pt") as file:
+                torch.save(best, file)
+        with replacing(self.run_dir / "history.csv") as file:
+            file.write_bytes(table.encode())
+        with replacing(self.run_dir / "last.pt") as file:
+            torch.save(last, file)
 
     def test(self, test_loader) -> dict[str, Any]:
         """Return what evaluate() does: loss, accuracy, predictions, labels, probabilities."""
@@ -833,21 +800,20 @@ def train_model(model: nn.Module, train_loader, val_loader=None, device=None, **
 
 
 def compute_accuracy(model: nn.Module, loader, device="cpu") -> float:
-    """Return how many of the loader's images the model labels correctly, in %."""
+    """Return how many of the loader's images the model labels correctly, in %, in float32."""
     return evaluate(model.to(device), loader, device)["accuracy"]
 
 
 # %% 6. Report and pictures
 #
-# Each plot_…() function returns a matplotlib figure, which a notebook shows and save_figure()
-# writes. The colors are of Okabe and Ito's palette, which color-blind eyes can tell apart.
+# Each plot_…() function returns a matplotlib figure, which a notebook shows.
 
 import copy
 from collections import namedtuple
 
 from matplotlib.figure import Figure
 
-BLUE, VERMILION = "#0072B2", "#D55E00"
+BLUE, VERMILION = "#0072B2", "#D55E00"  # which color-blind eyes can tell apart (Okabe and Ito)
 
 
 def confusion_matrix(results: dict) -> Tensor:
@@ -858,17 +824,11 @@ def confusion_matrix(results: dict) -> Tensor:
 
 
 def classification_report(results: dict) -> str:
-    """Return precision, recall and F1 (%) of each digit, and the confusion matrix, as text.
-
-    The macro average counts each digit once, the weighted one each image. The precision of a
-    digit that was never predicted is 0.
-    """
+    """Return precision, recall and F1 (%) of each digit, and the confusion matrix, as text."""
     matrix = confusion_matrix(results)
     hits, images, predicted = matrix.diag(), matrix.sum(dim=1), matrix.sum(dim=0)
-    precision = hits / predicted.clamp(min=1)
-    recall = hits / images.clamp(min=1)
-    f1 = 2 * hits / (images + predicted).clamp(min=1)
-    scores = 100 * torch.stack([precision, recall, f1], dim=1)  # (digits, 3)
+    relevant = torch.stack([predicted, images, (images + predicted) / 2], dim=1)
+    scores = 100 * hits[:, None] / relevant.clamp(min=1)  # (digits, 3): precision, recall, F1
     line = "{:<9}{:10.2f}{:10.2f}{:10.2f}{:10,}".format
     lines = ["digit     precision    recall        F1    images"]
     for digit, row in enumerate(scores):
@@ -883,17 +843,17 @@ def classification_report(results: dict) -> str:
 
 def make_report(recipe: Recipe, history: dict[str, list], epoch: int, results: dict) -> str:
     """Return how a network does that was trained for these epochs: text of 80 columns."""
-    count, correct = len(results["labels"]), (results["predictions"] == results["labels"]).sum()
-    tested = "validation" if recipe.dataset == "kaggle" else "test"  # its test has no labels
     lines = [f"{recipe.model}, {recipe.input}, dataset {recipe.dataset}, seed {recipe.seed}"]
     if epoch:
         chosen = "selected" if best_epoch(history) == epoch else "not selected"
         by = "validation set" if recipe.select_on == "val" else "TEST SET, which is optimistic"
         loss, accuracy = history["val_loss"][epoch - 1], history["val_accuracy"][epoch - 1]
         lines.append(f"epoch {epoch}, {chosen} on the {by}: loss {loss:.4f}, {accuracy:.2f} %")
-    line = f"{tested} loss {results['loss']:.4f}, {tested} accuracy {results['accuracy']:.2f} %"
-    lines.append(f"{line} ({correct:,} of {count:,} {recipe.dataset} images)")
-    return "\n".join([*lines, "", classification_report(results), ""])
+    correct = (results["predictions"] == results["labels"]).sum()
+    counts = f"{correct:,} of {len(results['labels']):,} {recipe.dataset} images"
+    tested = "validation" if recipe.dataset == "kaggle" else "test"  # its test has no labels
+    scores = f"{tested} loss {results['loss']:.4f}, {tested} accuracy {results['accuracy']:.2f} %"
+    return "\n".join([*lines, f"{scores} ({counts})", "", classification_report(results), ""])
 
 
 def new_figure(rows: int, columns: int, width: float, height: float, title: str = ""):
@@ -905,24 +865,22 @@ def new_figure(rows: int, columns: int, width: float, height: float, title: str 
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, whole or not at all."""
-    with open_atomically(path) as file:
+    with replacing(path) as file:
         figure.savefig(file, format="png", dpi=110)
 
 
 def plot_curves(history: dict[str, list], title: str = "") -> Figure:
     """Plot loss and accuracy per epoch, with the best epoch and each drop of the learning rate."""
     epochs, rates, best = history["epoch"], history["learning_rate"], best_epoch(history)
+    drops = [e for e in range(1, len(rates)) if rates[e] < rates[e - 1]]
+    if len(drops) > len(rates) / 2:
+        drops = []  # a rate that falls all the time, as onecycle's
     figure, axes = new_figure(1, 2, 11, 4.2, title)
-    for axis, name, unit in zip(
-        axes[0], ("loss", "accuracy"), ("nats per image", "%"), strict=True
-    ):
+    units = {"loss": "nats per image", "accuracy": "%"}
+    for axis, (name, unit) in zip(axes[0], units.items(), strict=True):
         axis.plot(epochs, history[f"train_{name}"], "o-", color=BLUE, label="training")
         axis.plot(epochs, history[f"val_{name}"], "s-", color=VERMILION, label="validation")
-        best_value = history[f"val_{name}"][best - 1]
-        axis.plot(best, best_value, "k*", ms=14, label=f"best epoch ({best})")
-        drops = [e for e in range(1, len(rates)) if rates[e] < rates[e - 1]]
-        if len(drops) > len(rates) / 2:
-            drops = []  # a rate that falls all the time, as onecycle's
+        axis.plot(best, history[f"val_{name}"][best - 1], "k*", ms=14, label=f"best epoch ({best})")
         for epoch in drops:
             axis.axvline(epoch + 0.5, color="gray", linestyle=":")
             above = {"transform": axis.get_xaxis_transform(), "rotation": 90, "ha": "center"}
@@ -952,13 +910,13 @@ def plot_confusion_matrix(results: dict, title: str = "") -> Figure:
     return figure
 
 
-def plot_digits(images: Tensor, results: dict, chosen: Tensor, title: str = "") -> Figure:
-    """Draw the images (N, 1, S, S) whose numbers are chosen; wrong answers are vermilion."""
-    rows = max(1, math.ceil(len(chosen) / 8))
+def plot_digits(images: Tensor, results: dict, chosen: list[int], title: str = "") -> Figure:
+    """Draw up to 40 of the images (N, 1, S, S) by their numbers; wrong answers are vermilion."""
+    rows = min(max(1, math.ceil(len(chosen) / 8)), 5)
     figure, axes = new_figure(rows, 8, 10, 1.65 * rows + 0.7, title)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, number in zip(axes.flat, chosen.tolist(), strict=False):
+    for axis, number in zip(axes.flat, chosen, strict=False):
         label, prediction = results["labels"][number], results["predictions"][number]
         axis.imshow(images[number, 0].numpy(), cmap="gray")
         confidence = 100 * results["probabilities"][number].max()
@@ -985,13 +943,8 @@ def plot_feature_maps(model: Any, image: Tensor, title: str = "") -> Figure:
     return figure
 
 
-def visualize_results(
-    model: nn.Module, loader, results: dict, history: dict, run_dir: str | Path, title: str = ""
-) -> None:
-    """Save a run's pictures; ``results`` are what evaluate() returned for this loader.
-
-    Raises UserError if they are not, or if the loader shuffles.
-    """
+def visualize_results(model, loader, results: dict, history: dict, run_dir, title="") -> None:
+    """Save a run's pictures. Raises UserError if evaluate()'s results are not of this loader."""
     batches = list(loader)
     images = torch.cat([batch[:, :1].cpu() for batch, _ in batches])
     labels = torch.cat([batch.cpu() for _, batch in batches])
@@ -999,15 +952,14 @@ def visualize_results(
         raise UserError("the results are of other images than the loader's, or in another order")
     wrong = (labels != results["predictions"]).nonzero().flatten()
     confidence = results["probabilities"].amax(dim=1)
-    surest = wrong[confidence[wrong].argsort(descending=True)][:40]
-    first = torch.arange(len(labels))[:40]
+    surest = wrong[confidence[wrong].argsort(descending=True)]
     right = f"{title}\n{results['accuracy']:.2f} % of {len(labels):,} images right"
     mistakes = f"{title}\nthe most confident of {len(wrong)} mistakes"
     pictures = {
         "curves": plot_curves(history, title),
         "confusion_matrix": plot_confusion_matrix(results, right),
-        "predictions": plot_digits(images, results, first, f"{title}\nthe first images"),
-        "mistakes": plot_digits(images, results, surest, mistakes),
+        "predictions": plot_digits(images, results, range(len(labels)), f"{title}\nthe first"),
+        "mistakes": plot_digits(images, results, surest.tolist(), mistakes),
     }
     if hasattr(model, "get_feature_maps"):
         image = batches[0][0][:1].to(next(model.parameters()).device)
@@ -1023,9 +975,8 @@ Layer = namedtuple("Layer", "name shape parameters flops live")
 def list_layers(model: nn.Module, image: Tensor) -> list[Layer]:
     """Send one image (1, C, H, W) through the model; return its layers in running order.
 
-    Shapes are C×H×W. Parameters include those of the batch norm behind a layer. FLOPs are forward
-    and count a multiply-add as two, where the paper counts one. ``live`` is the share of a layer's
-    weights that can meet a pixel.
+    Parameters include those of the batch norm behind a layer. FLOPs count a multiply-add as two,
+    where the paper counts one. ``live`` is the share of the weights that can meet a pixel.
     """
     calls, layers = [], []
     model = copy.deepcopy(model).eval()  # the hooks go on a copy
@@ -1036,20 +987,18 @@ def list_layers(model: nn.Module, image: Tensor) -> list[Layer]:
     for name, module, (x, *_), y in calls:
         parameters = sum(p.numel() for p in module.parameters())
         flops, live = 0, 1.0
-        if isinstance(module, nn.BatchNorm2d):
-            layers[-1] = layers[-1]._replace(parameters=layers[-1].parameters + parameters)
-            continue
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             # Each weight meets each position of the output once: a product and a sum.
             flops = 2 * module.weight.numel() * y[0, 0].numel()
-        elif "Pool" not in type(module).__name__:
-            continue
         if isinstance(module, nn.Conv2d):
             # A weight is dead if it meets padding at every position of the kernel, as eight of
             # nine do on a 1×1 map.
             window = (module.kernel_size, module.dilation, module.padding, module.stride)
             live = F.unfold(torch.ones_like(x[:, :1]), *window).amax(dim=2).mean().item()
-        layers.append(Layer(name, "×".join(map(str, y.shape[1:])), parameters, flops, live))
+        if isinstance(module, nn.BatchNorm2d):
+            layers[-1] = layers[-1]._replace(parameters=layers[-1].parameters + parameters)
+        elif flops or "Pool" in type(module).__name__:
+            layers.append(Layer(name, "×".join(map(str, y.shape[1:])), parameters, flops, live))
     return layers
 
 
@@ -1075,19 +1024,18 @@ def visualize_model_architecture(model: nn.Module, image_size: int | None = None
 # Digits from elsewhere, made what MNIST's are: uint8, 28×28, light ink on dark ground.
 
 import glob
+import itertools
 import random
 import warnings
 
 import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, ImageStat
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageStat
+from torchvision.ops import masks_to_boxes
 
 
 def draw_synthetic_digits(data_dir=None, train_size: int = 6000, test_size: int = 1000) -> tuple:
-    """Draw digits of random font, size, place, rotation and stroke, with matplotlib's fonts.
-
-    Returns four tensors as read_mnist() does; the digits are always the same.
-    """
+    """Draw digits with matplotlib's fonts, always the same; return four tensors as read_mnist()."""
     symbols = ("Display", "LastResort", "NonUni", "Siz", "cmex", "cmmi", "cmsy")  # hold no digits
     paths = sorted(Path(matplotlib.get_data_path(), "fonts", "ttf").glob("*.ttf"))
     paths = [path for path in paths if not any(name in path.name for name in symbols)]
@@ -1098,9 +1046,8 @@ def draw_synthetic_digits(data_dir=None, train_size: int = 6000, test_size: int 
     for digit in labels.tolist():
         canvas = Image.new("L", (56, 56))  # twice the size: shrinking smooths the edges
         place = (rng.uniform(22, 34), rng.uniform(22, 34))
-        font, stroke = rng.choice(fonts), rng.randint(0, 2)
-        pen = ImageDraw.Draw(canvas)
-        pen.text(place, str(digit), 255, font, anchor="mm", stroke_width=stroke)
+        style = {"font": rng.choice(fonts), "stroke_width": rng.randint(0, 2), "anchor": "mm"}
+        ImageDraw.Draw(canvas).text(place, str(digit), 255, **style)
         canvas = canvas.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR)
         images.append(TF.pil_to_tensor(canvas.reduce(2))[0])
     images, n = torch.stack(images), train_size
@@ -1108,21 +1055,18 @@ def draw_synthetic_digits(data_dir=None, train_size: int = 6000, test_size: int 
 
 
 def read_kaggle_table(path: str | Path, labelled: bool) -> tuple[Tensor, Tensor]:
-    """Read a CSV of Kaggle's Digit Recognizer: images (N, 28, 28) uint8 and labels (N,).
-
-    Without labels these are empty. Raises UserError; numpy counts rows without the header.
-    """
+    """Read a CSV of Kaggle's Digit Recognizer: images (N, 28, 28) uint8, labels (N,) or (0,)."""
     with explaining(f"cannot read {path}"), warnings.catch_warnings():
         warnings.simplefilter("error")  # numpy only warns of an empty file
         with open(path, encoding="utf-8-sig") as file:
             if ("label" in file.readline()) != labelled:
                 raise ValueError(f"row 1 must name a column 'label'{'' if labelled else ' not'}")
+            # In errors, numpy counts rows without the header.
             table = np.loadtxt(file, np.uint8, delimiter=",", quotechar='"', ndmin=2)
-        numbers = torch.from_numpy(table)
-        images = numbers[:, int(labelled) :].reshape(-1, 28, 28)
-        if labelled and numbers[:, 0].max() > 9:
+        labels, pixels = torch.from_numpy(table).split([int(labelled), 784], dim=1)
+        if (labels > 9).any():
             raise ValueError("a label is above 9")
-    return images, numbers[:, : int(labelled)].flatten().long()
+    return pixels.reshape(-1, 28, 28), labels.flatten().long()
 
 
 def read_kaggle(data_dir: str | Path) -> tuple:
@@ -1138,20 +1082,17 @@ def mnist_or_synthetic(data_dir: str | Path) -> str:
     """Return "mnist", or "synthetic" where it cannot be had; but never pass over its files."""
     try:
         read_mnist(data_dir)
+        return "mnist"
     except UserError as error:
-        for folder in (Path(data_dir), Path(data_dir, "MNIST", "raw")):
-            if list(folder.glob("*-ubyte*")):
-                raise
+        folder = Path(data_dir)
+        if [*folder.glob("*-ubyte*"), *folder.glob("MNIST/raw/*-ubyte*")]:
+            raise
         print(f"WARNING: {error}.\nGoing on with SYNTHETIC digits.", file=sys.stderr)
         return "synthetic"
-    return "mnist"
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Open a picture of any kind, upright, in RGB, of 128 pixels at most on its longer side.
-
-    What is transparent becomes white, or black where the rest is bright. Raises UserError.
-    """
+    """Open any picture, upright, in RGB, at most 128 pixels on its longer side, or UserError."""
     with explaining(f"{path} cannot be read as an image"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -1159,76 +1100,91 @@ def open_image(path: str | Path) -> Image.Image:
             picture = ImageOps.exif_transpose(file)
         if picture.mode[0] in "IF":  # 16 bits and more, which Pillow would cut off at 255
             levels = TF.pil_to_tensor(picture.convert("F")).double().nan_to_num()
-            levels = (levels - levels.min()) / (levels.max() - levels.min()).clamp(1e-9)
-            picture = TF.to_pil_image((255 * levels).byte())
+            levels -= levels.min()
+            picture = TF.to_pil_image(levels / levels.max().clamp(min=1e-9))
         picture = picture.convert("RGBA")
-    brightness = ImageStat.Stat(picture.convert("L"), picture.getchannel("A")).mean[0]
-    ground = Image.new("RGBA", picture.size, "black" if brightness > 128 else "white")
-    picture = Image.alpha_composite(ground, picture).convert("RGB")
-    if max(picture.size) > 128:  # noise is finer than strokes
-        picture = picture.filter(ImageFilter.GaussianBlur(max(picture.size) / 200))
-        picture.thumbnail((128, 128))
-    return picture
+    picture.thumbnail((128, 128))
+    # What is transparent becomes white, or black where the rest is bright.
+    *light, opacity = ImageStat.Stat(picture.convert("RGBa")).mean  # light is times opacity
+    ground = Image.new("RGBA", picture.size, "black" if sum(light) > 1.5 * opacity else "white")
+    return Image.alpha_composite(ground, picture).convert("RGB")
 
 
-def find_ink(picture: Image.Image) -> Tensor:
-    """Return the ink at each pixel, (H, W) from 0 to 1; all 0 on a page without any."""
-    colors = TF.pil_to_tensor(picture).float()  # (3, H, W)
-    _, height, width = colors.shape
-    if min(height, width) < 3:
-        return torch.zeros(height, width)
-    # Paper is a smooth surface in each color, since light is uneven: a polynomial of second
-    # degree through the margin, then through all that is near it. Ink is what differs.
-    v = torch.linspace(-1, 1, height)[:, None].expand(height, width)
-    u = torch.linspace(-1, 1, width).expand(height, width)
-    terms = torch.stack([torch.ones_like(u), u, v, u * u, u * v, v * v], dim=-1)
-    is_paper = torch.maximum(u.abs(), v.abs()) > 0.9
-    for _ in range(6):
-        surface = torch.linalg.lstsq(terms[is_paper], colors[:, is_paper].T, driver="gelsd")
-        difference = (colors - (terms @ surface.solution).permute(2, 0, 1)).abs().amax(dim=0)
-        is_paper = difference <= max(8, 2.5 * difference[is_paper].median().item())
-    # Otsu 1979: the threshold that leaves the largest variance between what it parts.
-    counts = torch.histc(difference, 256, 0, 256)
-    below = counts.cumsum(dim=0)
-    sums = (counts * torch.arange(0.5, 256)).cumsum(dim=0)
-    above = difference.numel() - below
-    means = sums / below.clamp(min=1), (sums[-1] - sums) / above.clamp(min=1)
-    threshold = (below * above * (means[1] - means[0]) ** 2).argmax().item() + 1
-    ink, paper = difference[difference >= threshold], difference[difference < threshold]
-    if len(ink) < 2 or ink.mean() < max(24, 4 * paper.std().item()):
-        return torch.zeros(height, width)
-    mask = drop_specks(difference >= threshold)
-    near = F.max_pool2d(mask[None].float(), 3, 1, padding=1)[0]
-    return ((difference - threshold / 2) / (ink.mean() - threshold / 2)).clamp(0, 1) * near
+def near(mask: Tensor, reach: int = 2) -> Tensor:
+    """Return the pixels within reach of a mask (H, W), or of the border of the picture."""
+    return F.max_pool2d(F.pad(mask[None].float(), [reach] * 4, value=1), 2 * reach + 1, 1)[0] > 0
 
 
-def drop_specks(mask: Tensor) -> Tensor:
-    """Keep the connected parts of a mask (H, W) that have a twentieth of the largest or more."""
-    part = torch.arange(1.0, mask.numel() + 1).view(1, *mask.shape) * mask  # each pixel its own
-    while not torch.equal(part, grown := F.max_pool2d(part, 3, 1, padding=1) * mask):
-        part = grown  # the larger number spreads
-    sizes = part.long().flatten().bincount()
-    sizes[0] = 0
-    return (sizes * 20 >= sizes.max())[part[0].long()] & mask
+def split_parts(mask: Tensor) -> Tensor:
+    """Return the connected parts of a mask (H, W): masks (N, H, W), largest first, no specks."""
+    numbers = torch.arange(1.0, mask.numel() + 1).view(1, *mask.shape) * mask
+    before = torch.zeros_like(numbers)
+    while not torch.equal(numbers, before):  # in each part the largest number spreads
+        before = numbers
+        numbers = F.max_pool2d(before, 3, stride=1, padding=1) * mask
+    sizes, order = numbers[mask[None]].long().bincount().sort(descending=True)
+    return numbers == order[20 * sizes >= sizes[0]][:, None, None]
+
+
+def find_ink(colors: Tensor, inside: Tensor) -> Tensor:
+    """Return the ink, (H, W) from 0 to 1, in colors (3, H, W) where ``inside`` (H, W) is True."""
+    # Most of the border is paper, even around a digit that fills the picture. As light is uneven,
+    # paper is a smooth surface in each color, of second degree; ink is what differs from it.
+    border = inside & near(~inside, min(inside.shape) // 20 + 1)
+    paper = colors[:, border].median(dim=1).values[:, None, None]
+    v, u = torch.meshgrid(*[torch.linspace(-1, 1, side) for side in inside.shape], indexing="ij")
+    terms = torch.stack([torch.ones_like(u), u, v, u * u, u * v, v * v], dim=-1)  # (H, W, 6)
+    for _ in range(3):
+        difference = (colors - paper).abs().amax(dim=0)
+        levels = difference[inside].sort().values
+        mass, share = levels.cumsum(dim=0), torch.arange(1, len(levels) + 1) / len(levels)
+        between = (mass[-1] * share - mass)[:-1] ** 2 / (share * (1 - share))[:-1]
+        threshold = levels[between.argmax()]  # Otsu 1979: the largest variance between the two
+        is_paper = inside & (difference <= threshold)
+        fit = torch.linalg.lstsq(terms[is_paper], colors[:, is_paper].T, driver="gelsd")
+        paper = (terms @ fit.solution).permute(2, 0, 1)
+    ink, rest = difference[inside & ~is_paper].mean(), difference[is_paper]
+    is_clear = ink - rest.mean() > 8 * rest.std(correction=0).clamp(min=1)  # noise reaches 7
+    strength = ((difference - threshold / 2) / (ink - threshold / 2)).clamp(0, 1)
+    return torch.where(inside & ~is_paper & is_clear, strength, 0.0)
+
+
+def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
+    """Return the digit's ink, (H, W) from 0 to 1, in colors (3, H, W) where ``inside`` is True."""
+    ink = find_ink(colors, inside) if inside.sum() >= 64 else torch.zeros(inside.shape)
+    if not ink.any():
+        return ink
+    parts = split_parts(ink > 0)
+    sides = masks_to_boxes(parts).view(-1, 2, 2).diff(dim=1)[:, 0] + 1  # (N, 2): width, height
+    # What fills most of its box, and is neither a 1 nor a dot, is a sheet: look again without what
+    # is around it. What touches the edge is the digit, cut out tightly, only if nothing else is.
+    short, long = sides[0].aminmax()
+    is_sheet = parts[0].sum() > 0.7 * short * long and 2 * short > long > max(inside.shape) / 4
+    others = split_parts(inside & ~parts[0]) if is_sheet else parts
+    touches = (others & near(~inside)).flatten(1).any(dim=1)
+    if not is_sheet and (4 * sides[~touches] >= sides.max()).any():
+        return ink * parts[~touches].any(dim=0)
+    again = find_digit(colors, inside & ~near(others[touches].any(dim=0)))
+    return again if is_sheet or again.any() or not inside.all() else ink * parts.any(dim=0)
 
 
 def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
-    """Read a picture of a digit; return it, and what MNIST would have made of it: (28, 28) uint8.
-
-    The ink is cropped, fitted into 20×20 pixels and placed in 28×28 by its centre of mass, as the
-    MNIST page has it. What looks like MNIST already is left as it is. Raises UserError for a file
-    that cannot be read or shows no ink.
-    """
+    """Return a picture and, as MNIST would have it, its digit: (28, 28) uint8; or UserError."""
     picture = open_image(path)
     pixels = TF.pil_to_tensor(picture.convert("L"))[0]
-    edge = torch.cat([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    if picture.size == (28, 28) and edge.median() < 32 <= pixels.max():
-        return picture, pixels
-    ink = find_ink(picture)
-    if not (ink > 0.5).any():
+    if picture.size == (28, 28) and pixels.median() < 32 <= pixels.max():
+        return picture, pixels  # as MNIST has it already
+    ink = find_digit(TF.pil_to_tensor(picture).float(), torch.ones(pixels.shape, dtype=torch.bool))
+    if not ink.any():
         raise UserError(f"{path} shows no ink")
-    rows, columns = ((ink > 0.5).any(dim=1 - axis).nonzero() for axis in (0, 1))
-    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    boxes = masks_to_boxes(split_parts(ink > 0)).int()  # (N, 4): left, top, right, bottom
+    left, top = boxes[:, :2].amin(dim=0)
+    right, bottom = boxes[:, 2:].amax(dim=0) + 1
+    ink = ink[top:bottom, left:right]
+    tall = boxes[2 * (boxes[:, 3] - boxes[:, 1]) > len(ink), ::2].tolist()
+    for (left, right), (start, stop) in itertools.pairwise(sorted(tall)):
+        if 4 * (right - start) < min(right - left, stop - start):  # side by side
+            raise UserError(f"{path} seems to show several figures: one digit per picture")
     size = [max(1, round(20 * side / max(ink.shape))) for side in ink.shape]
     digit = TF.resize(ink[None], size, antialias=True)[0]  # (h, w), one of them 20
     digit = (255 * digit / digit.max()).round().byte()
@@ -1243,45 +1199,38 @@ def find_images(names: list[str]) -> list[str]:
     found: list[str] = []
     for name in names:
         if os.path.isdir(name):
-            suffixes = Image.registered_extensions()
-            inside = sorted(Path(name).iterdir())
-            found += [str(path) for path in inside if path.suffix.lower() in suffixes]
-        elif not os.path.exists(name) and glob.has_magic(name):
-            found += sorted(glob.glob(name))
-        else:
+            inside = sorted(map(str, Path(name).iterdir()))
+            suffixes = tuple(Image.registered_extensions())
+            found += [path for path in inside if path.lower().endswith(suffixes)]
+        elif os.path.exists(name):
             found.append(name)
+        else:
+            found += sorted(glob.glob(name)) or [name]
     return found
-
-
-def as_loader(images: Tensor, trainer: ResNetTrainer) -> TensorLoader:
-    """Return images (N, 28, 28) uint8 as the trainer's network wants them; the labels say 0."""
-    labels = torch.zeros(len(images), dtype=torch.long)
-    return TensorLoader(images, labels, trainer.recipe).to(trainer.device)
 
 
 def plot_readings(read: dict[str, tuple], probabilities: Tensor) -> Figure:
     """Draw the first ten pictures, each beside what the network saw and its probabilities."""
     rows = min(len(read), 10)
     figure, axes = new_figure(rows, 3, 8, 1.7 * rows + 0.4)
-    for row, (name, images), p in zip(axes, read.items(), probabilities.tolist(), strict=False):
+    for row, (name, images), p in zip(axes, read.items(), probabilities.numpy(), strict=False):
         for axis, image in zip(row, images, strict=False):
-            axis.imshow(image, cmap="gray")
+            axis.imshow(np.asarray(image), cmap="gray")
             axis.axis("off")
         shown = Path(name).name.encode(errors="replace").decode()[-28:]
         row[0].set_title(shown, fontsize=8, parse_math=False)
         row[1].set_title("as the network saw it", fontsize=8)
-        answer = p.index(max(p))
-        bars = row[2].bar(range(len(p)), [100 * probability for probability in p], color="silver")
-        bars[answer].set_color(BLUE)
+        bars = row[2].bar(range(len(p)), 100 * p, color="silver")
+        bars[p.argmax()].set_color(BLUE)
         row[2].set(xticks=range(len(p)), ylim=(0, 100), ylabel="probability (%)")
-        row[2].set_title(f"read as {answer}, {100 * p[answer]:.1f} %", fontsize=8)
+        row[2].set_title(f"read as {p.argmax()}, {100 * p.max():.1f} %", fontsize=8)
     axes[-1, 2].set_xlabel("digit")
     return figure
 
 
 # %% 8. Other networks
 #
-# What a ResNet is compared with, the weights that training can start from, and what it freezes.
+# What a ResNet is compared with, and the weights that training can start from.
 
 import pickle
 import zipfile
@@ -1304,14 +1253,6 @@ def lenet5(num_classes: int = 10, input_channels: int = 1) -> nn.Sequential:
     return nn.Sequential(c1, s2, c3, s4, c5, f6, nn.Linear(84, num_classes))
 
 
-class NoShortcut(nn.Module):
-    """In place of ``downsample``, it makes a block plain: nothing is added (He 2015a, fig. 3)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return a zero."""
-        return x.new_zeros(())
-
-
 NETWORKS: dict[str, Callable] = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}
 NETWORKS |= {"resnet101": resnet101, "resnet152": resnet152, "lenet5": lenet5}
 
@@ -1320,15 +1261,17 @@ def build_model(recipe: Recipe) -> nn.Module:
     """Return the recipe's network, newly initialized. Raises UserError."""
     channels, _, suitable_stem = look_up(INPUTS, recipe.input, "input")
     build = look_up(NETWORKS, recipe.model, "model")
-    stem = recipe.stem
-    if stem == "auto" and build is not lenet5:
-        stem = suitable_stem
-    options = {} if stem == "auto" else {"stem": stem}
+    options = {"input_channels": channels}
+    if recipe.stem != "auto":
+        options["stem"] = recipe.stem
+    elif build is not lenet5:
+        options["stem"] = suitable_stem
     with explaining(f"cannot build {recipe.model}"):
-        model = build(input_channels=channels, **options)
+        model = build(**options)
     for module in model.modules():
         if recipe.plain and hasattr(module, "downsample"):
-            module.downsample = NoShortcut()
+            del module.downsample  # a module, or None
+            module.downsample = lambda x: 0  # what the block adds in place of a shortcut
     return model
 
 
@@ -1336,13 +1279,12 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
     """Read onto the CPU what torch.save() wrote of tensors, and run no code in it; or UserError."""
     with explaining(f"{path} cannot be read, or is damaged"):
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
         except pickle.UnpicklingError as error:
-            if zipfile.is_zipfile(path):
-                what = "holds Python objects, which are not run; save a state_dict() instead"
-                raise UserError(f"{path} {what}") from error
-            raise
-        return dict(content)
+            if not zipfile.is_zipfile(path):
+                raise
+            what = "holds Python objects, which are not run; save a state_dict() instead"
+            raise UserError(f"{path} {what}") from error
 
 
 def load_weights(model: nn.Module, recipe: Recipe) -> None:
@@ -1359,16 +1301,15 @@ def load_weights(model: nn.Module, recipe: Recipe) -> None:
     else:
         state = read_tensors(recipe.weights)
         state = state.get("model", state.get("state_dict", state))  # where checkpoints have it
-    target, fits = model.state_dict(), {}
+    target = model.state_dict()
     first = next(iter(target))
     with explaining(f"{recipe.weights} holds no state dict"):
-        for name, value in state.items():
-            if name == first:  # then a gray image gets the answer that it got as RGB
-                channels = target[name].shape[1]
-                if value.shape[1] != channels:
-                    value = value.sum(dim=1, keepdim=True).expand(-1, channels, -1, -1) / channels
-            if name in target and value.shape == target[name].shape:
-                fits[name] = value
+        channels = target[first].shape[1]
+        if first in state and state[first].shape[1] != channels:
+            # Then a gray image gets the answer that it got as RGB.
+            total = state[first].sum(dim=1, keepdim=True)
+            state[first] = total.expand(-1, channels, -1, -1) / channels
+        fits = {n: w for n, w in state.items() if n in target and w.shape == target[n].shape}
         model.load_state_dict(fits, strict=False)
     if not fits:
         names = f"it has {list(state)[:2]} ..., not {list(target)[:2]} ..."
@@ -1381,34 +1322,32 @@ def load_weights(model: nn.Module, recipe: Recipe) -> None:
 
 import argparse
 import ctypes
-import itertools
+import platform
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
 
 RUNS = Path("runs")
 
 join_command = subprocess.list2cmdline if os.name == "nt" else shlex.join  # as the shell reads it
 
 
-def load_checkpoint(run: str | None, name: str) -> tuple[Path, dict[str, Any]]:
-    """Return a checkpoint's path and content, its recipe as a Recipe. Raises UserError.
+def describe_device(device: torch.device) -> str:
+    """Return the device with its name and the number of threads."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return f"{device} ({name}, threads: {torch.get_num_threads()})"
 
-    ``run`` is a file, or a folder that holds ``name``; None is the newest run's folder.
-    """
+
+def load_checkpoint(run: str | None, name: str) -> tuple[Path, dict[str, Any]]:
+    """Return path and content of a checkpoint: a file, or ``name`` in a folder (None: newest)."""
+    run = run or max(RUNS.glob(f"*/{name}"), key=os.path.getmtime, default=None)
     if run is None:
-        found = sorted(RUNS.glob(f"*/{name}"), key=os.path.getmtime)
-        if not found:
-            raise UserError(f"there is no run in {RUNS.resolve()}: train one, or name its folder")
-        run = str(found[-1])
+        raise UserError(f"there is no run in {RUNS.resolve()}: train one, or name its folder")
     path = Path(run, name) if Path(run).is_dir() else Path(run)
     checkpoint = read_tensors(path)
     with explaining(f"{path} is no checkpoint of this program, or damaged"):
         checkpoint["recipe"] = Recipe(**checkpoint["recipe"])
-        torch.tensor(list(checkpoint["history"].values()), dtype=torch.float64)  # all are numbers
-        best_epoch(checkpoint["history"])
-        checkpoint["model"].keys()
+        torch.tensor([checkpoint["history"][name] for name in COLUMNS], dtype=torch.float64)
     return path, checkpoint
 
 
@@ -1423,10 +1362,10 @@ def load_trainer(run: str | None, device: str | None) -> tuple[Path, dict[str, A
 
 def claim_run_dir(output_dir: str | None, name: str) -> Path:
     """Make the folder of a new run: the one that was asked for, or the next number in runs/."""
-    numbers = itertools.count(1)
-    folder = Path(output_dir or RUNS / f"{name}-{next(numbers)}")
-    while folder.exists() and not output_dir:
-        folder = RUNS / f"{name}-{next(numbers)}"
+    number = 1
+    while (RUNS / f"{name}-{number}").exists():
+        number += 1
+    folder = Path(output_dir or RUNS / f"{name}-{number}")
     with explaining(f"cannot make {folder} (a run in it may go on with --resume)"):
         folder.mkdir(parents=True)  # of two runs at once, one gets it
     return folder
@@ -1435,12 +1374,13 @@ def claim_run_dir(output_dir: str | None, name: str) -> Path:
 def start_or_resume(args: argparse.Namespace, changes: dict) -> tuple[Recipe, dict, Path | None]:
     """Return the recipe, and of a resumed run its last checkpoint and its folder."""
     if args.resume is None:
-        return replace(RECIPES[args.recipe or "plateau"], **changes), {}, None
+        recipe = replace(RECIPES[args.recipe or "plateau"], **changes)
+        if recipe.dataset == "mnist" and "dataset" not in changes:
+            recipe = replace(recipe, dataset=mnist_or_synthetic(args.data_dir))
+        return recipe, {}, None
     if args.recipe or args.output_dir:
         raise UserError("a resumed run keeps its recipe and folder: no --recipe, no --output-dir")
-    path, checkpoint = load_checkpoint(args.resume or None, "last.pt")
-    if "optimizer" not in checkpoint:
-        raise UserError(f"{path} cannot be resumed; the last.pt of a run can")
+    path, checkpoint = load_checkpoint(args.resume, "last.pt")
     recipe = checkpoint["recipe"]
     for name, value in changes.items():
         may_change = name == "patience" or (name == "epochs" and recipe.scheduler != "onecycle")
@@ -1449,12 +1389,10 @@ def start_or_resume(args: argparse.Namespace, changes: dict) -> tuple[Recipe, di
     return replace(recipe, **changes), checkpoint, path.parent
 
 
-def command_train(args: argparse.Namespace, changes: dict) -> int:
+def command_train(args: argparse.Namespace, changes: dict) -> None:
     """Train a ResNet on MNIST, test it, and draw how it went."""
     device = init_distributed(pick_device(args.device))
     recipe, checkpoint, run_dir = start_or_resume(args, changes)
-    if recipe.dataset == "mnist" and not checkpoint and "dataset" not in changes:
-        recipe = replace(recipe, dataset=mnist_or_synthetic(args.data_dir))
     data = MNISTDataLoader(args.data_dir, recipe)
     torch.manual_seed(recipe.seed)
     model = build_model(recipe)
@@ -1479,15 +1417,14 @@ def command_train(args: argparse.Namespace, changes: dict) -> int:
             finish_run(trainer, data, history)
     except KeyboardInterrupt:
         if run_dir:
-            command = ["python", sys.argv[0], f"--resume={run_dir}", f"--data-dir={args.data_dir}"]
-            command += [f"--device={args.device}"] if args.device else []
+            command = ["python", sys.argv[0], f"--resume={run_dir}"]
+            command += [f"--data-dir={args.data_dir}", f"--device={device}"]
             print(f"stopped; this goes on:  {join_command(command)}", file=sys.stderr)
         raise
     except Exception:
-        if run_dir and not (run_dir / "best.pt").exists():
+        if run_dir and not checkpoint and not (run_dir / "best.pt").exists():
             shutil.rmtree(run_dir)  # no epoch was finished: the same command may start again
         raise
-    return 0
 
 
 def finish_run(trainer: ResNetTrainer, data: MNISTDataLoader, history: dict) -> None:
@@ -1495,15 +1432,15 @@ def finish_run(trainer: ResNetTrainer, data: MNISTDataLoader, history: dict) -> 
     recipe, run_dir = trainer.recipe, trainer.run_dir
     results = trainer.test(data.test.to(trainer.device))
     report = make_report(recipe, history, best_epoch(history), results)
-    with open_atomically(run_dir / "report.txt") as file:
-        file.write(report.encode())
+    with replacing(run_dir / "report.txt") as file:
+        file.write_bytes(report.encode())
     say(f"\n{report}")
     title = f"{recipe.model}, {recipe.input}, {recipe.dataset}"
     visualize_results(trainer.model, data.test, results, history, run_dir, title)
     say(f"weights, history, report and pictures: {run_dir}")
 
 
-def command_evaluate(args: argparse.Namespace, changes: dict) -> int:
+def command_evaluate(args: argparse.Namespace, changes: dict) -> None:
     """Report how the best networks of runs do on the test set."""
     for run in args.runs or [None]:
         path, checkpoint, trainer = load_trainer(run, args.device)
@@ -1511,8 +1448,7 @@ def command_evaluate(args: argparse.Namespace, changes: dict) -> int:
         results = trainer.test(data.test.to(trainer.device))
         history = checkpoint["history"]
         say(f"{path} on {describe_device(trainer.device)}, {trainer.precision}\n")
-        say(make_report(trainer.recipe, history, len(history.get("epoch", [])), results))
-    return 0
+        say(make_report(trainer.recipe, history, len(history["epoch"]), results))
 
 
 def command_predict(args: argparse.Namespace, changes: dict) -> int:
@@ -1520,13 +1456,18 @@ def command_predict(args: argparse.Namespace, changes: dict) -> int:
     if bool(args.images) == bool(args.kaggle):
         raise UserError("predict takes image files, or --kaggle and a test.csv")
     path, _, trainer = load_trainer(args.checkpoint, args.device)
+
+    def predict(images: Tensor) -> Tensor:
+        loader = TensorLoader(images, torch.zeros(len(images)).long(), trainer.recipe)
+        return trainer.test(loader.to(trainer.device))["probabilities"]
+
     if args.kaggle:
         images, _ = read_kaggle_table(args.kaggle, labelled=False)
-        labels = trainer.test(as_loader(images, trainer))["predictions"].tolist()
-        lines = [f"{number},{label}" for number, label in enumerate(labels, start=1)]
-        with open_atomically(path.with_name("solution.csv")) as file:
-            file.write("\n".join(["ImageId,Label", *lines, ""]).encode())
-        say(f"labels of {len(labels):,} images: {path.with_name('solution.csv')}")
+        labels, solution = predict(images).argmax(dim=1), path.with_name("solution.csv")
+        lines = [f"{number},{label}\n" for number, label in enumerate(labels, start=1)]
+        with replacing(solution) as file:
+            file.write_bytes("".join(["ImageId,Label\n", *lines]).encode())
+        say(f"labels of {len(labels):,} images: {solution}")
         return 0
     code, read = 0, {}
     for name in find_images(args.images):
@@ -1536,8 +1477,7 @@ def command_predict(args: argparse.Namespace, changes: dict) -> int:
             print(f"error: {error}", file=sys.stderr)
             code = 2
     if read:
-        digits = torch.stack([digit for _, digit in read.values()])
-        probabilities = trainer.test(as_loader(digits, trainer))["probabilities"]
+        probabilities = predict(torch.stack([digit for _, digit in read.values()]))
         for name, p in zip(read, probabilities, strict=True):
             say(f"{p.argmax()}  {100 * p.max():6.2f} %  {name}")
         save_figure(plot_readings(read, probabilities), path.with_name("predict.png"))
@@ -1545,12 +1485,11 @@ def command_predict(args: argparse.Namespace, changes: dict) -> int:
     return code
 
 
-def command_describe(args: argparse.Namespace, changes: dict) -> int:
+def command_describe(args: argparse.Namespace, changes: dict) -> None:
     """Print each layer's output shape, parameters, FLOPs and share of live weights."""
     recipe = Recipe(**changes)
     say(f"{recipe.model} for {recipe.input}")
     visualize_model_architecture(build_model(recipe), INPUTS[recipe.input][1])
-    return 0
 
 
 COMMANDS = {"train": command_train, "evaluate": command_evaluate}
@@ -1570,23 +1509,23 @@ def parse(command: str, arguments: list[str]) -> argparse.Namespace:
     """Return a command's flags by their names. Each setting of a recipe is a flag of train."""
     parser = argparse.ArgumentParser(usage=USAGE, allow_abbrev=False, exit_on_error=False)
     parser.description = COMMANDS[command].__doc__
-    settings = {entry.name: entry for entry in fields(Recipe)}
-    if command != "train":
-        in_network = ("model", "input", "stem", "plain") if command == "describe" else ()
-        settings = {name: settings[name] for name in in_network}
     add = parser.add_argument
-    for name, entry in settings.items():
+    of_network = ("model", "input", "stem", "plain")
+    for entry in fields(Recipe):
+        name, kind = entry.name, type(entry.default)
+        if not (command == "train" or (command == "describe" and name in of_network)):
+            continue
         if name in GROUPS:
             add = parser.add_argument_group(GROUPS[name]).add_argument
-        choices = ", ".join(TABLES.get(name, ()))
         default = "" if str(entry.default) in ("", "False") else f" (default: {entry.default})"
-        flag = {"help": entry.metadata["help"] + choices + default, "default": argparse.SUPPRESS}
-        if isinstance(entry.default, bool):
-            flag["action"] = "store_true"
+        help = entry.metadata["help"] + ", ".join(TABLES.get(name, ())) + default
+        how = {"help": help, "default": argparse.SUPPRESS}
+        if kind is bool:
+            how["action"] = "store_true"
         else:
-            metavar = {int: "N", float: "X", str: "NAME"}[type(entry.default)]
-            flag |= {"type": type(entry.default), "choices": TABLES.get(name), "metavar": metavar}
-        add("--" + name.replace("_", "-"), **flag)
+            metavar = {int: "N", float: "X", str: "NAME"}[kind]
+            how |= {"type": kind, "choices": TABLES.get(name), "metavar": metavar}
+        add("--" + name.replace("_", "-"), **how)
     if command == "train":
         help = f"named settings, which other flags change: {', '.join(RECIPES)}"
         add("--recipe", choices=RECIPES, metavar="NAME", help=help)
@@ -1610,14 +1549,14 @@ def parse(command: str, arguments: list[str]) -> argparse.Namespace:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next step; fetching it anew costs up to an eighth."""
+    """Let glibc keep freed memory for the next step; else a step takes up to an eighth longer."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give memory back
         mallopt(-4, 0)  # M_MMAP_MAX: no block comes from the system directly
 
 
-def main(arguments: Sequence[str] = ()) -> int:
+def main(arguments=()) -> int:
     """Run a command, such as ["evaluate"]; return the exit code."""
     arguments = list(arguments)
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
@@ -1630,7 +1569,7 @@ def main(arguments: Sequence[str] = ()) -> int:
         code = COMMANDS[command](args, changes)
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
-        return code
+        return code or 0
     except (UserError, OSError, argparse.ArgumentError) as error:
         print(f"error: {error}", file=sys.stderr)
     except RuntimeError as error:

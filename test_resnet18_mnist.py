@@ -30,12 +30,13 @@ import types
 from pathlib import Path
 from statistics import median
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -366,7 +367,7 @@ def distort(images, moves=(0, 0, 0), stretches=(0, 0, 0), **settings):
     return rm.distort(images, draws, rm.Recipe(**{"rotate": 0, "shift": 0, **settings}))
 
 
-def centre(image):
+def center(image):
     """Centre of mass of an image (H, W): row, column."""
     where = torch.arange(float(len(image)))
     return [(image.sum(axis) @ where / image.sum()).item() for axis in (1, 0)]
@@ -376,7 +377,7 @@ def test_augmentation_rotates_shifts_and_stretches():
     point = torch.zeros(1, 1, 40, 40)
     point[..., 19:21, 19:21] = 1
     shifted = distort(point, (0, -1, 0.5), shift=0.1)
-    assert centre(shifted[0, 0]) == pytest.approx([19.5 - 2, 19.5 + 4], abs=1e-3)
+    assert center(shifted[0, 0]) == pytest.approx([19.5 - 2, 19.5 + 4], abs=1e-3)
     bar = torch.zeros(1, 1, 40, 40)
     bar[..., 8:32, 18:22] = 1
     rotate = functools.partial(
@@ -392,7 +393,7 @@ def test_augmentation_rotates_shifts_and_stretches():
     assert (high.sum() / bar.sum()).item() == pytest.approx(40 / 24, abs=0.05)  # cut by the edges
     assert (slanted.sum() / bar.sum()).item() == pytest.approx(1, abs=0.05)
     upper = F.pad(slanted[0, 0, :20], (0, 0, 0, 20))
-    assert abs(centre(upper)[1] - 19.5) > 2  # it leans to one side
+    assert abs(center(upper)[1] - 19.5) > 2  # it leans to one side
 
 
 def test_augmentation_draws_for_each_image_and_keeps_the_digit():
@@ -643,7 +644,7 @@ def test_fast_small_maps_give_the_same_gradients(build):
     assert not any("forward" in vars(layer) for layer in model.modules())
 
 
-@pytest.mark.parametrize(("stride", "size"), [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("stride", "size"), [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (2, 3)])
 def test_fast_small_maps_are_products_in_training_only(monkeypatch, stride, size):
     conv, x, products = rm.conv3x3(5, 7, stride), torch.randn(4, 5, size, size), []
     expected, linear = conv(x), F.linear
@@ -651,7 +652,7 @@ def test_fast_small_maps_are_products_in_training_only(monkeypatch, stride, size
     with rm.fast_small_maps(conv):
         assert torch.allclose(conv(x), expected, atol=1e-5)
         assert torch.equal(conv.eval()(x), expected)
-    assert len(products) == 1
+    assert len(products) == (size < 3)
 
 
 def test_training_leaves_the_random_numbers_of_others_alone():
@@ -705,8 +706,8 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"old")
     monkeypatch.setattr(os, "fsync", full)
     full_disk = pytest.raises(rm.UserError, match=r"cannot write .*file: .*No space left")
-    with full_disk, rm.open_atomically(tmp_path / "file") as file:
-        file.write(b"new")
+    with full_disk, rm.replacing(tmp_path / "file") as file:
+        file.write_bytes(b"new")
     assert (tmp_path / "file").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -956,67 +957,188 @@ def test_kaggle_from_train_csv_to_solution_csv(tmp_path, capsys, no_pictures):
     assert right > 100
 
 
-def arc(x, y, width, height, start, end):
-    turn = np.radians(np.linspace(start, end, 24))
-    return list(zip(x + width * np.cos(turn), y + height * np.sin(turn), strict=True))
+FONTS = Path(matplotlib.get_data_path(), "fonts", "ttf")
+V, U = np.mgrid[0:1:300j, 0:1:300j]  # down and to the right
+BOWL = [(0.32, 0.3), (0.3, 0.46), (0.55, 0.42), (0.74, 0.62), (0.6, 0.86), (0.25, 0.86)]
+SEVEN = [(0.2 + i / 10, 0.1) for i in range(7)] + [(0.8 - i / 20, 0.1 + i / 10) for i in range(9)]
 
 
-STROKES = {  # of digits in a unit square, y down
-    0: [arc(0.5, 0.5, 0.28, 0.42, -90, 270)],
-    1: [[(0.53, 0.08), (0.47, 0.92)]],
-    2: [[*arc(0.5, 0.3, 0.25, 0.22, -170, 30), (0.28, 0.9), (0.78, 0.9)]],
-    3: [arc(0.48, 0.28, 0.24, 0.2, -150, 90), arc(0.48, 0.7, 0.27, 0.22, -90, 150)],
-    4: [[(0.6, 0.08), (0.22, 0.62), (0.82, 0.62)], [(0.64, 0.35), (0.64, 0.93)]],
-    5: [[(0.74, 0.1), (0.34, 0.1), (0.31, 0.46), *arc(0.48, 0.66, 0.27, 0.25, -120, 140)]],
-    6: [[(0.66, 0.08), *arc(0.5, 0.68, 0.24, 0.24, 180, 540)]],
-    7: [[(0.22, 0.1), (0.78, 0.1), (0.45, 0.93)]],
-    8: [arc(0.5, 0.29, 0.2, 0.2, -90, 270), arc(0.5, 0.71, 0.25, 0.22, -90, 270)],
-    9: [arc(0.48, 0.32, 0.24, 0.23, 0, 360), [(0.72, 0.32), (0.68, 0.62), (0.58, 0.93)]],
-    None: [],
+def read(picture, kind="PNG"):
+    file = io.BytesIO()
+    picture.save(file, kind)
+    return rm.read_image(file)[1].float()
+
+
+def differ(one, other):
+    """Return the mean difference in gray levels, where a shift by a pixel does not count."""
+    shifts = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
+    return min((one - other.roll(shift, (0, 1))).abs().mean() for shift in shifts)
+
+
+def write(text, margin, paper=255, ink=0, font="DejaVuSans.ttf"):
+    """Write figures with a margin in pixels around what is drawn of them."""
+    font = ImageFont.truetype(FONTS / font, 160)
+    left, top, right, bottom = font.getmask(text).getbbox()
+    cover = Image.new("L", (right - left + 2 * margin, bottom - top + 2 * margin))
+    x, y = font.getbbox(text)[:2]
+    ImageDraw.Draw(cover).text((margin - left - x, margin - top - y), text, fill=255, font=font)
+    return cover.point(lambda share: paper + (ink - paper) * share // 255)
+
+
+def strokes(*lines, pen=18):
+    """Draw lines, each a list of points in a unit square; a point by itself is a dot."""
+    picture = Image.new("L", (300, 300), 255)
+    draw = ImageDraw.Draw(picture)
+    for line in lines:
+        points = [(300 * x, 300 * y) for x, y in line]
+        draw.line(points, 0, pen)
+        for x, y in points:
+            draw.ellipse((x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2), fill=0)
+    return picture
+
+
+def scene(ground, ink):
+    """Draw a 5 in the middle of a ground (300, 300), or of one level, with a little noise."""
+    figure = write("5", 0)
+    sheet = Image.new("L", (300, 300), 255)
+    sheet.paste(figure, (150 - figure.width // 2, 150 - figure.height // 2))
+    noise = np.random.default_rng(0).normal(size=U.shape)
+    levels = ink + (ground - ink) * (np.asarray(sheet) / 255) + noise
+    return Image.fromarray(np.uint8(levels.clip(0, 255)))
+
+
+def inside(half, turn=0.0):  # a square sheet of half a side, turned by radians
+    across = (U - 0.5) * math.cos(turn) + (V - 0.5) * math.sin(turn)
+    down = (V - 0.5) * math.cos(turn) - (U - 0.5) * math.sin(turn)
+    return np.maximum(abs(across), abs(down)) < half
+
+
+@pytest.mark.parametrize("colors", [(255, 0), (20, 230)])
+@pytest.mark.parametrize("font", ["DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "STIXGeneral.ttf"])
+def test_a_digit_without_margin_is_read_alike(font, colors):
+    for digit in "0123456789":
+        wide, *others = [read(write(digit, margin, *colors, font)) for margin in (20, 5, 2, 0)]
+        assert max(differ(other, wide) for other in others) < 8
+
+
+GROUNDS = {  # and the ink on each
+    "page edge, left": (np.where(U < 0.08 + 0.03 * V, 60, 230), 40),
+    "page edge, two sides": (np.where((V > 0.85) | (U > 0.85), 60, 230), 40),
+    "shadowed corner, pencil": (np.where(U + V < 0.35, 90, 230), 150),
+    "cell of a form": (np.where(np.minimum(U, V) < 0.03, 0, 230), 40),
+    "cell of a form, pencil": (np.where(np.minimum(U, V) < 0.03, 0, 230), 150),
+    "sheet on a table": (np.where(inside(0.35), 235, 50), 30),
+    "sheet on a table, pencil": (np.where(inside(0.3), 235, 50), 170),
+    "sheet on a table, turned": (np.where(inside(0.35, turn=0.08), 235, 50), 30),
+    "dark panel, light ink": (np.where(inside(0.35), 40, 250), 230),
+    "gray panel, black table": (np.where(inside(0.4), 150, 10), 20),
+    "vignette": (230 * (1 - (U - 0.5) ** 2 - (V - 0.5) ** 2), 60),
+    "22 levels over noise": (200, 178),
+    "light on dark, faint": (60, 82),
 }
 
 
-CORNERS = (0.06, 0.94)
+@pytest.mark.parametrize("name", GROUNDS)
+def test_what_surrounds_a_digit_is_no_part_of_it(name):
+    assert differ(read(scene(*GROUNDS[name])), read(scene(255, 0))) < 8
 
 
-def draw_by_hand(
-    digit,
-    size=300,
-    pen=0.08,
-    margin=0.15,
-    paper=(255, 255, 255),
-    ink=(0, 0, 0),
-    gradient=0.0,
-    shadow=0.0,
-    noise=0.0,
-    squares=0.0,
-    dust=0,
-    transparent=False,
-):
-    """Draw a digit as someone might; pen and margin are parts of the side."""
-    large = Image.new("L", (4 * size, 4 * size))
-    draw, width = ImageDraw.Draw(large), max(1, int(4 * pen * size))
-    for stroke in STROKES[digit]:
-        points = [tuple(4 * size * (margin + (1 - 2 * margin) * c) for c in p) for p in stroke]
-        draw.line(points, 255, width, joint="curve")
-        for x, y in points:
-            draw.circle((x, y), width / 2, fill=255)
-    for x, y in random.Random(0).choices([(x, y) for x in CORNERS for y in CORNERS], k=dust):
-        draw.circle((4 * size * x, 4 * size * y), 4 * size * 0.015, fill=255)
-    cover = np.asarray(large.reduce(4), float)[..., None] / 255
-    if transparent:
-        picture = Image.new("RGB", (size, size), ink)
-        picture.putalpha(Image.fromarray(np.uint8(255 * cover[..., 0])))
-        return picture
-    v, u = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
-    ground = np.ones((size, size, 3)) * paper
-    ground *= (1 - gradient * (0.7 * u + 0.3 * v + 1) / 2)[..., None]
-    ground *= np.where(u + 0.3 * v > 0.2, 1 - shadow, 1)[..., None]
-    ground[:: max(2, size // 12)] *= 1 - squares
-    ground[:, :: max(2, size // 12)] *= 1 - squares
-    pixels = ground * (1 - cover) + np.array(ink) * cover
-    pixels += noise * np.random.default_rng(0).normal(size=pixels.shape)
-    return Image.fromarray(np.uint8(pixels.clip(0, 255)))
+def blank_pages():
+    """Yield 100 and more pages without any ink."""
+    random = np.random.default_rng(0)
+    for side in (1, 2, 4, 9, 28, 60, 128, 300):
+        yield from (np.full((side, side), level) for level in (0, 200, 255))
+        for sigma in (0.5, 2, 8, 30, 90):
+            yield 150 + sigma * random.normal(size=(side, side, 3))
+    for depth in (0.1, 0.3, 0.6, 0.9):
+        for noise in (0, 1, 6):
+            grain = noise * random.normal(size=U.shape)
+            yield 240 * (1 - depth * (0.7 * U + 0.3 * V)) + grain  # light from one side
+            yield 240 * (1 - depth * ((U - 0.5) ** 2 + (V - 0.5) ** 2)) + grain  # dark corners
+            yield 120 + 100 * depth * np.exp(-9 * ((U - 0.6) ** 2 + (V - 0.4) ** 2)) + grain
+    for blur in (1, 2, 3, 5):
+        cloud = Image.fromarray(random.integers(0, 256, (256, 256), dtype=np.uint8))
+        cloud = np.asarray(cloud.filter(ImageFilter.GaussianBlur(blur)), float) - 127
+        yield from (180 + depth / cloud.std() * cloud for depth in (3, 12, 30))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_blank_page_shows_no_ink(kind):
+    pages = [Image.fromarray(np.uint8(page.clip(0, 255))) for page in blank_pages()]
+    assert len(pages) >= 100
+    for page in pages:
+        with pytest.raises(rm.UserError, match="shows no ink"):
+            read(page, kind)
+
+
+@pytest.mark.parametrize("margin", [0, 30])
+def test_several_figures_are_refused(margin):
+    for text in ("27", "00", "14", "50", "71", "123"):
+        for font in ("DejaVuSans.ttf", "STIXGeneralItalic.ttf"):
+            with pytest.raises(rm.UserError, match="several figures"):
+                read(write(text, margin, font=font))
+
+
+def test_a_digit_in_several_strokes_is_one():
+    joined = strokes(BOWL, [BOWL[0], (0.34, 0.1), (0.74, 0.1)])
+    broken = strokes(BOWL, [(0.36, 0.1), (0.74, 0.1)])
+    assert differ(read(joined), read(broken)) < 8
+    four = strokes([(0.6, 0.08), (0.22, 0.62), (0.54, 0.62)], [(0.64, 0.35), (0.64, 0.93)])
+    dotted = strokes(*([dot] for dot in SEVEN), pen=10)
+    double = Image.fromarray(np.vstack([np.asarray(write("0", 12))] * 2))  # as a broken 8 is
+    for picture in (four, dotted, double):
+        digit = read(picture)
+        places = digit.nonzero()
+        assert (places.amax(dim=0) - places.amin(dim=0)).max() == 19
+        center = digit[digit > 0] @ places.float() / digit.sum()
+        assert center.tolist() == pytest.approx([13.5, 13.5], abs=0.6)
+
+
+def test_every_format_of_image_is_read(tmp_path):
+    drawn = write("2", 40).convert("RGB")
+    expected = read(drawn)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned by 90° clockwise
+    clear = Image.new("RGBA", drawn.size)  # white on transparent
+    clear.paste("white", mask=drawn.convert("L").point(lambda level: 255 - level))
+    levels = np.asarray(drawn.convert("L"))
+    pictures = {
+        "bits.png": (drawn.convert("1"), {}),
+        "palette.png": (drawn.quantize(8), {}),
+        "clear.png": (clear, {}),
+        "gray with alpha.png": (drawn.convert("LA"), {}),
+        "deep.png": (Image.fromarray(levels.astype(np.uint16) * 200), {}),
+        "float.tiff": (Image.fromarray(levels / np.float32(255)), {}),
+        "inks.jpg": (drawn.convert("CMYK"), {}),
+        "turned.jpg": (drawn.transpose(Image.Transpose.ROTATE_90), {"exif": turned}),
+        "animated.gif": (drawn, {"save_all": True, "append_images": [drawn]}),
+        "modern.webp": (drawn, {}),
+    }
+    for name, (picture, options) in pictures.items():
+        picture.save(tmp_path / name, **options)
+        assert differ(rm.read_image(tmp_path / name)[1].float(), expected) < 8, name
+    mnist = draw_digits(None, 130, 40)[0][0]
+    Image.fromarray(mnist.numpy()).save(tmp_path / "mnist.png")
+    assert torch.equal(rm.read_image(tmp_path / "mnist.png")[1], mnist)  # left as it is
+
+
+def test_predict_reads_what_it_can_of_many_files(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write("7", 20).save("a.png")
+    write("3", 20).save("b.jpg")
+    Image.new("L", (50, 50), 255).save("c.png")
+    Path("d.png").write_text("no picture")
+    Path("notes.txt").write_text("no picture, and passed over in a folder")
+    for names in ([str(tmp_path)], ["*.*g"]):
+        assert rm.main(["predict", *names, "--checkpoint", str(trained)]) == 2
+        printed = capsys.readouterr()
+        assert re.findall(r"(?m)^\d +[\d.]+ %  .*(\w\.\w+)$", printed.out) == ["a.png", "b.jpg"]
+        assert re.findall(r"(?m)^error: .*(\w\.png) (?:shows no ink|cannot be)", printed.err) == [
+            "c.png",
+            "d.png",
+        ]
+    with Image.open(trained / "predict.png") as picture:
+        assert len(picture.convert("RGB").getcolors(2**24)) > 50
 
 
 # 8. Other networks
@@ -1353,7 +1475,7 @@ def fuzz(folder: Path, seed: int, cases: int) -> None:
     rm.visualize_results = rm.save_figure = lambda *_: None
     write_mnist(folder / "good" / "MNIST" / "raw")
     write_kaggle(draw_digits(None, 130, 40), folder, 40)
-    draw_by_hand(3, size=100).save(folder / "3.png")
+    write("3", 20).save(folder / "3.png")
     start = ["--data-dir", "good", "--model", "lenet5", "--epochs", "1", "--val-size", "20"]
     assert rm.main([*start, "--output-dir", "run"]) == 0
     rng, failures = random.Random(seed), []
@@ -1489,7 +1611,13 @@ def test_in_a_notebook_nothing_starts_by_itself(monkeypatch, tmp_path, capsys):
 
 def test_import_has_no_side_effect(tmp_path):
     how = {"env": {**os.environ, "PYTHONPATH": str(HERE)}, "capture_output": True, "text": True}
-    command = [sys.executable, "-W", "error::DeprecationWarning:resnet18_mnist", "-c", "import resnet18_mnist"]
+    command = [
+        sys.executable,
+        "-W",
+        "error::DeprecationWarning:resnet18_mnist",
+        "-c",
+        "import resnet18_mnist",
+    ]
     done = subprocess.run(command, cwd=tmp_path, **how)
     assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
     assert list(tmp_path.iterdir()) == []
