@@ -824,7 +824,10 @@ def confusion_matrix(results: dict) -> Tensor:
 
 
 def classification_report(results: dict) -> str:
-    """Return precision, recall and F1 (%) of each digit, and the confusion matrix, as text."""
+    """Return precision, recall and F1 (%) of each digit, and the confusion matrix, as text.
+
+    The macro average counts each digit once, the weighted one each image.
+    """
     matrix = confusion_matrix(results)
     hits, images, predicted = matrix.diag(), matrix.sum(dim=1), matrix.sum(dim=0)
     relevant = torch.stack([predicted, images, (images + predicted) / 2], dim=1)
@@ -958,7 +961,9 @@ def visualize_results(model, loader, results: dict, history: dict, run_dir, titl
     pictures = {
         "curves": plot_curves(history, title),
         "confusion_matrix": plot_confusion_matrix(results, right),
-        "predictions": plot_digits(images, results, range(len(labels)), f"{title}\nthe first"),
+        "predictions": plot_digits(
+            images, results, range(len(labels)), f"{title}\nthe first images"
+        ),
         "mistakes": plot_digits(images, results, surest.tolist(), mistakes),
     }
     if hasattr(model, "get_feature_maps"):
