@@ -1148,9 +1148,12 @@ def find_ink(colors: Tensor, inside: Tensor) -> Tensor:
         is_paper = inside & (difference <= threshold)
         fit = torch.linalg.lstsq(terms[is_paper], colors[:, is_paper].T, driver="gelsd")
         paper = (terms @ fit.solution).permute(2, 0, 1)
-    ink, rest = difference[inside & ~is_paper].mean(), difference[is_paper]
-    is_clear = ink - rest.mean() > 8 * rest.std(correction=0).clamp(min=1)  # noise reaches 7
-    strength = ((difference - threshold / 2) / (ink - threshold / 2)).clamp(0, 1)
+    ink, rest = difference[inside & ~is_paper], difference[is_paper]
+    # Ink stands out by 8 levels, and by 8 spreads of the paper or by 2.3 of both, as soft edges
+    # widen the paper's. Blank pages reach 7 and 2.2.
+    spreads = [((x - x.mean()) ** 2).mean().sqrt() for x in (rest, ink)]
+    is_clear = ink.mean() - rest.mean() > max(8, min(8 * spreads[0], 2.3 * sum(spreads)))
+    strength = ((difference - threshold / 2) / (ink.mean() - threshold / 2)).clamp(0, 1)
     return torch.where(inside & ~is_paper & is_clear, strength, 0.0)
 
 
@@ -1169,8 +1172,10 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
     touches = (others & near(~inside)).flatten(1).any(dim=1)
     if not is_sheet and (4 * sides[~touches] >= sides.max()).any():
         return ink * parts[~touches].any(dim=0)
-    again = find_digit(colors, inside & ~near(others[touches].any(dim=0)))
-    return again if is_sheet or again.any() or not inside.all() else ink * parts.any(dim=0)
+    again = find_digit(colors, inside & ~near(others[touches].any(dim=0), 4))
+    if is_sheet or again.any() or 4 * sides.max() < max(inside.shape):
+        return again
+    return ink * parts.any(dim=0)
 
 
 def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
@@ -1183,9 +1188,7 @@ def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
     if not ink.any():
         raise UserError(f"{path} shows no ink")
     boxes = masks_to_boxes(split_parts(ink > 0)).int()  # (N, 4): left, top, right, bottom
-    left, top = boxes[:, :2].amin(dim=0)
-    right, bottom = boxes[:, 2:].amax(dim=0) + 1
-    ink = ink[top:bottom, left:right]
+    ink = ink[boxes[:, 1].min() : boxes[:, 3].max() + 1, boxes[:, 0].min() : boxes[:, 2].max() + 1]
     tall = boxes[2 * (boxes[:, 3] - boxes[:, 1]) > len(ink), ::2].tolist()
     for (left, right), (start, stop) in itertools.pairwise(sorted(tall)):
         if 4 * (right - start) < min(right - left, stop - start):  # side by side
