@@ -21,7 +21,7 @@ Each section is a notebook cell that needs only the ones above it:
     8  Other nets    LeNet-5, plain networks, weights to start from
     9  Command line  train, evaluate, predict, describe
 
-Whoever stops after section 5, at line 804, has read how a ResNet is built and trained.
+Whoever stops after section 5, at line 806, has read how a ResNet is built and trained.
 
 Sources: He 2015a, Deep Residual Learning for Image Recognition, arXiv:1512.03385. He 2015b, Delving
 Deep into Rectifiers, arXiv:1502.01852. Ioffe 2015, Batch Normalization, arXiv:1502.03167. Goyal
@@ -187,7 +187,7 @@ class ResNet(nn.Module):
         return self.fc(x)
 
     def get_feature_maps(self, images: Tensor) -> dict[str, Tensor]:
-        """Return what each part makes of images (N, C, H, W): stem, layer1 … layer4, pooled."""
+        """Return the output of each part for images (N, C, H, W): stem, layer1 … layer4, pooled."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         maps = {"stem": x}
         for name in ("layer1", "layer2", "layer3", "layer4"):
@@ -410,7 +410,9 @@ class TensorLoader:
         return math.ceil((n - 1 if self.train else n) / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        n, recipe, device = len(self.labels), self.recipe, self.images.device
+        n = len(self.labels)
+        recipe = self.recipe
+        device = self.images.device
         channels, size, _ = look_up(INPUTS, recipe.input, "input")
         mean, std = look_up(STATISTICS, recipe.normalize, "normalize")
         order = torch.arange(n)
@@ -874,7 +876,9 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def plot_curves(history: dict[str, list], title: str = "") -> Figure:
     """Plot loss and accuracy per epoch, with the best epoch and each drop of the learning rate."""
-    epochs, rates, best = history["epoch"], history["learning_rate"], best_epoch(history)
+    epochs = history["epoch"]
+    rates = history["learning_rate"]
+    best = best_epoch(history)
     drops = [e for e in range(1, len(rates)) if rates[e] < rates[e - 1]]
     if len(drops) > len(rates) / 2:
         drops = []  # a rate that falls all the time, as onecycle's
@@ -930,7 +934,7 @@ def plot_digits(images: Tensor, results: dict, chosen: list[int], title: str = "
 
 @torch.no_grad()
 def plot_feature_maps(model: Any, image: Tensor, title: str = "") -> Figure:
-    """Draw an image (1, C, S, S) and the first channels of what each part makes of it."""
+    """Draw an image (1, C, S, S) and the first channels of each part's output."""
     maps = {"input": image, **copy.deepcopy(model).eval().get_feature_maps(image)}
     del maps["pooled"]  # a vector
     figure, axes = new_figure(len(maps), 10, 10, 1.25 * len(maps), title)
