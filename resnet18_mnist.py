@@ -21,7 +21,7 @@ Each section is a notebook cell that needs only the ones above it:
     8  Other nets    LeNet-5, plain networks, weights to start from
     9  Command line  train, evaluate, predict, describe
 
-Whoever stops after section 5, at line 806, has read how a ResNet is built and trained.
+Whoever stops after section 5, at line 794, has read how a ResNet is built and trained.
 
 Sources: He 2015a, Deep Residual Learning for Image Recognition, arXiv:1512.03385. He 2015b, Delving
 Deep into Rectifiers, arXiv:1502.01852. Ioffe 2015, Batch Normalization, arXiv:1502.03167. Goyal
@@ -32,6 +32,7 @@ Gray-Level Histograms. LeCun 1998, Gradient-Based Learning Applied to Document R
 from __future__ import annotations
 
 import contextlib
+import csv
 import math
 import os
 import sys
@@ -384,6 +385,11 @@ def distort(images: Tensor, draws: Tensor, recipe: Recipe) -> Tensor:
     return F.grid_sample(images, grid, align_corners=False)
 
 
+# torchrun tells each of its processes which one it is, and how many there are (section 4).
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
+
 class TensorLoader:
     """Batches (B, C, S, S) float, with labels (B,), of images (N, 28, 28) uint8 and labels (N,).
 
@@ -393,35 +399,33 @@ class TensorLoader:
     def __init__(self, images: Tensor, labels: Tensor, recipe: Recipe, train: bool = False):
         self.images, self.labels = images[:, None], labels
         self.recipe, self.train = recipe, train
-        self.batch_size = recipe.batch_size if train else 250  # no effect on results, only on speed
-        self.rank, self.world_size = 0, 1  # which process this is, of how many (section 4)
+        self.batch_size = 250  # to evaluate; it has no effect on results, only on speed
+        if train:
+            self.batch_size = max(2, recipe.batch_size // WORLD_SIZE)
 
-    def to(self, device: torch.device | str, rank: int = 0, world_size: int = 1) -> TensorLoader:
-        """Move all images to ``device``, once; serve process ``rank`` of ``world_size``."""
+    def to(self, device: torch.device | str) -> TensorLoader:
+        """Move all images to ``device``, once."""
         self.images, self.labels = self.images.to(device), self.labels.to(device)
-        if self.train:  # to test, each process takes all images
-            self.rank, self.world_size = rank, world_size
-            self.batch_size = max(2, self.recipe.batch_size // world_size)
         return self
 
     def __len__(self) -> int:
-        n = len(self.labels) // self.world_size
-        # Batch norm on a 1×1 map needs two images, so training leaves out a last batch of one.
-        return math.ceil((n - 1 if self.train else n) / self.batch_size)
+        n = len(self.labels)
+        if self.train:  # without a last batch of one: batch norm on a 1×1 map needs two images
+            n = n // WORLD_SIZE - 1
+        return math.ceil(n / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         n = len(self.labels)
         recipe = self.recipe
-        device = self.images.device
         channels, size, _ = look_up(INPUTS, recipe.input, "input")
         mean, std = look_up(STATISTICS, recipe.normalize, "normalize")
         order = torch.arange(n)
         if self.train:  # drawn on the CPU, so that the numbers do not depend on the device
             order = torch.randperm(n)
-            draws = 2 * torch.rand(2, n, 3).to(device) - 1
-        # Each process takes every world_size-th image, and all take equally many.
-        order = order[self.rank :: self.world_size][: n // self.world_size].to(device)
-        for index in order.split(self.batch_size)[: len(self)]:
+            draws = 2 * torch.rand(2, n, 3).to(self.images.device) - 1
+            # Each process takes every WORLD_SIZE-th image, and all take equally many.
+            order = order[RANK::WORLD_SIZE][: n // WORLD_SIZE]
+        for index in order.to(self.images.device).split(self.batch_size)[: len(self)]:
             x = TF.resize(self.images[index], [size, size], antialias=False)
             x = x.float() / 255  # (B, 1, S, S)
             if self.train and (recipe.rotate or recipe.shift or recipe.stretch):
@@ -493,35 +497,20 @@ def pick_precision(name: str, device: torch.device) -> str:
     return look_up(choices, name, "precision")
 
 
-def autocast(device: torch.device | str, precision: str) -> contextlib.AbstractContextManager:
-    """Return the context in which convolutions compute in ``precision``; weights stay float32."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(torch.device(device).type, torch.bfloat16)
-
-
 def init_distributed(device: torch.device) -> torch.device:
-    """Join the processes that torchrun started, if it did, and return this one's device.
+    """Join the other processes of torchrun, if there are any; return this one's device.
 
     Each trains on its share of every batch, batch norm included. DistributedDataParallel averages
     their gradients, so all of them take the same steps.
     """
-    if not (dist.is_available() and dist.is_torchelastic_launched()):
-        return device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if dist.get_rank() > 0:
+    if WORLD_SIZE > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if RANK > 0:
         sys.stdout = None  # the first process speaks for all
     return device
-
-
-def get_rank_and_world_size() -> tuple[int, int]:
-    """Return which process this is, and of how many: (0, 1) without torchrun."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
 
 
 # %% 5. Training
@@ -540,7 +529,7 @@ def say(text: str, end: str = "\n") -> None:
 
 
 def train_one_epoch(
-    model, loader, optimizer, scheduler=None, device: Any = "cpu", precision="fp32", accumulate=1
+    model: nn.Module, loader, optimizer, scheduler=None, precision: str = "fp32", accumulate=1
 ) -> dict[str, float]:
     """Go through the loader once; return loss (mean, nats) and accuracy (%).
 
@@ -551,11 +540,14 @@ def train_one_epoch(
     for layer in model.modules():  # a frozen batch norm keeps its statistics as well
         if isinstance(layer, nn.BatchNorm2d) and layer.affine and not layer.weight.requires_grad:
             layer.eval()
+    device = next(model.parameters()).device
+    # In this context convolutions compute in bfloat16, while weights stay float32.
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     totals = torch.zeros(3, device=device)  # of loss, correct answers and images
     looked = time.perf_counter()
     for step, (images, labels) in enumerate(loader, start=1):
         images, labels = images.to(device), labels.to(device)  # (N, C, H, W), (N,)
-        with autocast(device, precision):
+        with autocast:
             logits = model(images)  # (N, 10)
             loss = F.cross_entropy(logits, labels)
         # An update takes the mean gradient over its batches; the last one may have fewer.
@@ -579,23 +571,23 @@ def train_one_epoch(
                 raise UserError(f"the loss became {mean_loss} by step {step}: try a lower --lr")
             if sys.stdout and sys.stdout.isatty():  # a live line, which the next one overwrites
                 say(f"batch {step}/{len(loader)}  loss {mean_loss:.4f}\033[K", end="\r")
-    if get_rank_and_world_size()[1] > 1:
+    if WORLD_SIZE > 1:
         dist.all_reduce(totals)  # the sum over all processes
     mean_loss, share, _ = (totals / totals[2]).tolist()
     return {"loss": mean_loss, "accuracy": 100 * share}
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader, device: Any = "cpu", precision="fp32") -> dict[str, Any]:
+def evaluate(model: nn.Module, loader, precision: str = "fp32") -> dict[str, Any]:
     """Return loss (nats), accuracy (%), predictions (N,), labels (N,), probabilities (N, 10)."""
-    was_training = model.training
     model.eval()
+    device = next(model.parameters()).device
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     outputs, targets = [], []
     for images, labels in loader:
-        with autocast(device, precision):
+        with autocast:
             outputs.append(model(images.to(device)))
         targets.append(labels)
-    model.train(was_training)
     logits, labels = torch.cat(outputs).float().cpu(), torch.cat(targets).cpu()
     predictions = logits.argmax(dim=1)
     return {
@@ -636,15 +628,15 @@ def fast_small_maps(model: nn.Module) -> Iterator[None]:
 
     def forward(conv: nn.Conv2d, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
-        if not conv.training or max(height, width) > min(*conv.stride, 2):
-            return nn.Conv2d.forward(conv, x)  # to evaluate: a saved network gives the same bits
+        if max(height, width) > min(*conv.stride, 2):
+            return nn.Conv2d.forward(conv, x)
         taps = conv.weight[:, :, 1 : 1 + height, 1 : 1 + width]
         return F.linear(x.flatten(1), taps.flatten(1), conv.bias)[:, :, None, None]
 
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
-    usual = conv3x3(1, 1)  # only those like it, at any stride
-    for name in ("kernel_size", "padding", "padding_mode", "dilation", "groups"):
-        layers = [layer for layer in layers if getattr(layer, name) == getattr(usual, name)]
+    # Only layers like conv3x3(), at any stride.
+    layers = [m for m in model.modules() if type(m) is nn.Conv2d and m.kernel_size == (3, 3)]
+    layers = [m for m in layers if m.padding == (1, 1) and m.padding_mode == "zeros"]
+    layers = [m for m in layers if m.dilation == (1, 1) and m.groups == 1]
     for layer in layers:
         layer.forward = types.MethodType(forward, layer)
     try:
@@ -709,10 +701,9 @@ class ResNetTrainer:
         changes = {names.get(name, name): value for name, value in changes.items()}
         recipe = self.recipe = replace(self.recipe, **changes)
         self.precision = pick_precision(recipe.precision, self.device)
-        rank, world_size = get_rank_and_world_size()
         for loader in (train_loader, val_loader):
             if isinstance(loader, TensorLoader):
-                loader.to(self.device, rank, world_size)
+                loader.to(self.device)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         group = {"params": trainable, "lr": recipe.lr, "weight_decay": recipe.weight_decay}
         updates = math.ceil(len(train_loader) / recipe.accumulate)
@@ -726,7 +717,7 @@ class ResNetTrainer:
                 for name in ("model", "optimizer", "scheduler"):
                     getattr(self, name).load_state_dict(resume[name])
                 self.history, self.best_weights = resume["history"], resume["best_model"]
-        ddp_model = DistributedDataParallel(self.model) if world_size > 1 else self.model
+        ddp_model = DistributedDataParallel(self.model) if WORLD_SIZE > 1 else self.model
         self._save(is_best=False)  # a run killed in epoch 1 can be resumed, too
         say(HEADER)
         history = self.history
@@ -752,25 +743,24 @@ class ResNetTrainer:
         started = time.perf_counter()
         optimizer, scheduler = self.optimizer, self.scheduler
         learning_rate, accumulate = optimizer.param_groups[0]["lr"], self.recipe.accumulate
-        with torch.random.fork_rng(range(torch.cuda.device_count())), fast_small_maps(self.model):
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
             # Order, augmentation and dropout follow from seed and epoch alone, so a resumed run
             # need not know what was drawn before. The factor keeps two seeds' epochs from meeting.
             torch.manual_seed(self.recipe.seed * 1_000_003 + epoch)
-            train = val = train_one_epoch(
-                model, train_loader, optimizer, scheduler, self.device, self.precision, accumulate
-            )
+            with fast_small_maps(self.model):
+                train = val = train_one_epoch(
+                    model, train_loader, optimizer, scheduler, self.precision, accumulate
+                )
             if val_loader is not None:
-                val = self.test(val_loader)
-        numbers = [val["loss"], val["accuracy"]]
-        if get_rank_and_world_size()[1] > 1:
-            dist.broadcast_object_list(numbers)  # batch norms differ: all go by the first's
-        loss, accuracy = numbers
-        if not math.isfinite(loss):
-            raise UserError(f"the validation loss became {loss}: try a lower --lr")
+                # DDP first gives all processes the batch-norm statistics of the first.
+                val = evaluate(model, val_loader, self.precision)
+        if not math.isfinite(val["loss"]):
+            raise UserError(f"the validation loss became {val['loss']}: try a lower --lr")
         if isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step(loss)
+            scheduler.step(val["loss"])
         seconds = time.perf_counter() - started
-        return [epoch, train["loss"], train["accuracy"], loss, accuracy, learning_rate, seconds]
+        losses = [train["loss"], train["accuracy"], val["loss"], val["accuracy"]]
+        return [epoch, *losses, learning_rate, seconds]
 
     def _save(self, is_best: bool) -> None:
         """Write best.pt, history.csv and last.pt; a kill in between costs a repeat of the epoch."""
@@ -781,19 +771,17 @@ class ResNetTrainer:
         last = {**best, "best_model": self.best_weights}
         for name in ("model", "optimizer", "scheduler"):
             last[name] = getattr(self, name).state_dict()
-        rows = [self.history, *zip(*self.history.values(), strict=True)]
-        table = "".join(",".join(map(str, row)) + "\n" for row in rows)
         if is_best:
             with replacing(self.run_dir / "best.pt") as file:
                 torch.save(best, file)
-        with replacing(self.run_dir / "history.csv") as file:
-            file.write_bytes(table.encode())
+        with replacing(self.run_dir / "history.csv") as path, open(path, "w", newline="") as file:
+            csv.writer(file).writerows([self.history, *zip(*self.history.values(), strict=True)])
         with replacing(self.run_dir / "last.pt") as file:
             torch.save(last, file)
 
     def test(self, test_loader) -> dict[str, Any]:
         """Return what evaluate() does: loss, accuracy, predictions, labels, probabilities."""
-        return evaluate(self.model, test_loader, self.device, self.precision)
+        return evaluate(self.model, test_loader, self.precision)
 
 
 def train_model(model: nn.Module, train_loader, val_loader=None, device=None, **options) -> dict:
@@ -803,7 +791,7 @@ def train_model(model: nn.Module, train_loader, val_loader=None, device=None, **
 
 def compute_accuracy(model: nn.Module, loader, device="cpu") -> float:
     """Return how many of the loader's images the model labels correctly, in %, in float32."""
-    return evaluate(model.to(device), loader, device)["accuracy"]
+    return evaluate(model.to(device), loader)["accuracy"]
 
 
 # %% 6. Report and pictures
@@ -814,6 +802,7 @@ import copy
 from collections import namedtuple
 
 from matplotlib.figure import Figure
+from torch.nn.modules.module import register_module_forward_hook
 
 BLUE, VERMILION = "#0072B2", "#D55E00"  # which color-blind eyes can tell apart (Okabe and Ito)
 
@@ -864,7 +853,7 @@ def make_report(recipe: Recipe, history: dict[str, list], epoch: int, results: d
 def new_figure(rows: int, columns: int, width: float, height: float, title: str = ""):
     """Return a figure of width × height inches with a title, and its axes (rows, columns)."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title.replace("$", r"\$"))  # between two dollars would be a formula
+    figure.suptitle(title, parse_math=False)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -897,8 +886,7 @@ def plot_curves(history: dict[str, list], title: str = "") -> Figure:
         axis.grid(alpha=0.3)
     axes[0, 0].legend()
     axes[0, 0].set_yscale("log")
-    axes[0, 0].yaxis.set_major_formatter("{x:,g}")  # plain numbers
-    axes[0, 0].yaxis.set_minor_formatter("{x:,g}")
+    axes[0, 0].yaxis.set(major_formatter="{x:,g}", minor_formatter="{x:,g}")  # plain numbers
     return figure
 
 
@@ -907,11 +895,9 @@ def plot_confusion_matrix(results: dict, title: str = "") -> Figure:
     matrix = confusion_matrix(results)
     shade = matrix.float().log1p()  # mistakes are a thousandth of the diagonal
     figure, ((axis,),) = new_figure(1, 1, 6.4, 6.8, title)
-    axis.imshow(shade.numpy(), cmap="Blues")
+    axis.imshow(shade.numpy(), cmap="Blues", vmax=2 * shade.max())  # black text stays legible
     for true, predicted in matrix.nonzero().tolist():
-        color = "white" if shade[true, predicted] > 0.6 * shade.max() else "black"
-        count = f"{matrix[true, predicted]:,}"
-        axis.text(predicted, true, count, color=color, ha="center", va="center")
+        axis.text(predicted, true, f"{matrix[true, predicted]:,}", ha="center", va="center")
     digits = range(len(matrix))
     axis.set(xlabel="predicted digit", ylabel="true digit", xticks=digits, yticks=digits)
     return figure
@@ -952,6 +938,7 @@ def plot_feature_maps(model: Any, image: Tensor, title: str = "") -> Figure:
 
 def visualize_results(model, loader, results: dict, history: dict, run_dir, title="") -> None:
     """Save a run's pictures. Raises UserError if evaluate()'s results are not of this loader."""
+    folder = Path(run_dir)
     batches = list(loader)
     images = torch.cat([batch[:, :1].cpu() for batch, _ in batches])
     labels = torch.cat([batch.cpu() for _, batch in batches])
@@ -960,21 +947,16 @@ def visualize_results(model, loader, results: dict, history: dict, run_dir, titl
     wrong = (labels != results["predictions"]).nonzero().flatten()
     confidence = results["probabilities"].amax(dim=1)
     surest = wrong[confidence[wrong].argsort(descending=True)]
+    first = f"{title}\nthe first images"
     right = f"{title}\n{results['accuracy']:.2f} % of {len(labels):,} images right"
     mistakes = f"{title}\nthe most confident of {len(wrong)} mistakes"
-    pictures = {
-        "curves": plot_curves(history, title),
-        "confusion_matrix": plot_confusion_matrix(results, right),
-        "predictions": plot_digits(
-            images, results, range(len(labels)), f"{title}\nthe first images"
-        ),
-        "mistakes": plot_digits(images, results, surest.tolist(), mistakes),
-    }
+    save_figure(plot_curves(history, title), folder / "curves.png")
+    save_figure(plot_confusion_matrix(results, right), folder / "confusion_matrix.png")
+    save_figure(plot_digits(images, results, range(len(labels)), first), folder / "predictions.png")
+    save_figure(plot_digits(images, results, surest.tolist(), mistakes), folder / "mistakes.png")
     if hasattr(model, "get_feature_maps"):
         image = batches[0][0][:1].to(next(model.parameters()).device)
-        pictures["feature_maps"] = plot_feature_maps(model, image, title)
-    for name, figure in pictures.items():
-        save_figure(figure, Path(run_dir, f"{name}.png"))
+        save_figure(plot_feature_maps(model, image, title), folder / "feature_maps.png")
 
 
 Layer = namedtuple("Layer", "name shape parameters flops live")
@@ -987,13 +969,12 @@ def list_layers(model: nn.Module, image: Tensor) -> list[Layer]:
     Parameters include those of the batch norm behind a layer. FLOPs count a multiply-add as two,
     where the paper counts one. ``live`` is the share of the weights that can meet a pixel.
     """
+    model = copy.deepcopy(model).eval()
     calls, layers = [], []
-    model = copy.deepcopy(model).eval()  # the hooks go on a copy
-    for name, module in model.named_modules():
-        if not list(module.children()):
-            module.register_forward_hook(lambda *call, name=name: calls.append((name, *call)))
-    model(image)
-    for name, module, (x, *_), y in calls:
+    with register_module_forward_hook(lambda *call: calls.append(call)):
+        model(image)
+    names = {module: name for name, module in model.named_modules()}
+    for module, inputs, y in calls:
         parameters = sum(p.numel() for p in module.parameters())
         flops, live = 0, 1.0
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -1003,11 +984,12 @@ def list_layers(model: nn.Module, image: Tensor) -> list[Layer]:
             # A weight is dead if it meets padding at every position of the kernel, as eight of
             # nine do on a 1×1 map.
             window = (module.kernel_size, module.dilation, module.padding, module.stride)
-            live = F.unfold(torch.ones_like(x[:, :1]), *window).amax(dim=2).mean().item()
+            live = F.unfold(torch.ones_like(inputs[0][:, :1]), *window).amax(dim=2).mean().item()
         if isinstance(module, nn.BatchNorm2d):
             layers[-1] = layers[-1]._replace(parameters=layers[-1].parameters + parameters)
         elif flops or "Pool" in type(module).__name__:
-            layers.append(Layer(name, "×".join(map(str, y.shape[1:])), parameters, flops, live))
+            shape = "×".join(map(str, y.shape[1:]))
+            layers.append(Layer(names[module], shape, parameters, flops, live))
     return layers
 
 
@@ -1016,12 +998,13 @@ def visualize_model_architecture(model: nn.Module, image_size: int | None = None
     weight = next(w for w in model.parameters() if w.dim() == 4)  # of the first convolution
     channels = weight.shape[1]
     size = image_size or (28 if channels == 1 else 32)
-    layers = list_layers(model, weight.new_zeros(1, channels, size, size))
+    shape = (channels, size, size)
+    layers = list_layers(model, weight.new_zeros(1, *shape))
     parameters = sum(layer.parameters for layer in layers)
     live = sum(layer.parameters * layer.live for layer in layers) / parameters
     total = Layer("total", "", parameters, sum(layer.flops for layer in layers), live)
     print("layer                    output   parameters          FLOPs     live")
-    print(f"input                {f'{channels}×{size}×{size}':>10}")
+    print(f"input                {'×'.join(map(str, shape)):>10}")
     for layer in [*layers, total]:
         print("{:21}{:>10}{:13,}{:15,}{:9.1%}".format(*layer))
     print("FLOPs: one image forward, a multiply-add counted as two.")
@@ -1039,7 +1022,7 @@ import warnings
 
 import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageStat
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.ops import masks_to_boxes
 
 
@@ -1059,19 +1042,15 @@ def draw_synthetic_digits(data_dir=None, train_size: int = 6000, test_size: int 
         ImageDraw.Draw(canvas).text(place, str(digit), 255, **style)
         canvas = canvas.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR)
         images.append(TF.pil_to_tensor(canvas.reduce(2))[0])
-    images, n = torch.stack(images), train_size
-    return images[:n], labels[:n], images[n:], labels[n:]
+    images = torch.stack(images)
+    return images[:train_size], labels[:train_size], images[train_size:], labels[train_size:]
 
 
 def read_kaggle_table(path: str | Path, labelled: bool) -> tuple[Tensor, Tensor]:
     """Read a CSV of Kaggle's Digit Recognizer: images (N, 28, 28) uint8, labels (N,) or (0,)."""
     with explaining(f"cannot read {path}"), warnings.catch_warnings():
         warnings.simplefilter("error")  # numpy only warns of an empty file
-        with open(path, encoding="utf-8-sig") as file:
-            if ("label" in file.readline()) != labelled:
-                raise ValueError(f"row 1 must name a column 'label'{'' if labelled else ' not'}")
-            # In errors, numpy counts rows without the header.
-            table = np.loadtxt(file, np.uint8, delimiter=",", quotechar='"', ndmin=2)
+        table = np.loadtxt(path, np.uint8, delimiter=",", skiprows=1, ndmin=2)
         labels, pixels = torch.from_numpy(table).split([int(labelled), 784], dim=1)
         if (labels > 9).any():
             raise ValueError("a label is above 9")
@@ -1104,18 +1083,14 @@ def open_image(path: str | Path) -> Image.Image:
     """Open any picture, upright, in RGB, at most 128 pixels on its longer side, or UserError."""
     with explaining(f"{path} cannot be read as an image"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
-        if picture.mode[0] in "IF":  # 16 bits and more, which Pillow would cut off at 255
-            levels = TF.pil_to_tensor(picture.convert("F")).double().nan_to_num()
-            levels -= levels.min()
-            picture = TF.to_pil_image(levels / levels.max().clamp(min=1e-9))
+        if picture.mode[0] in "IF":  # which Pillow would cut off at 255
+            raise ValueError("it has more than 8 bits per channel")
         picture = picture.convert("RGBA")
     picture.thumbnail((128, 128))
-    # What is transparent becomes white, or black where the rest is bright.
-    *light, opacity = ImageStat.Stat(picture.convert("RGBa")).mean  # light is times opacity
-    ground = Image.new("RGBA", picture.size, "black" if sum(light) > 1.5 * opacity else "white")
+    # What is transparent becomes gray, on which both black and white ink can be seen.
+    ground = Image.new("RGBA", picture.size, "gray")
     return Image.alpha_composite(ground, picture).convert("RGB")
 
 
@@ -1208,14 +1183,12 @@ def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
 
 def find_images(names: list[str]) -> list[str]:
     """Return the named files; a folder stands for the images in it, and a wildcard is expanded."""
+    suffixes = tuple(Image.registered_extensions())
     found: list[str] = []
     for name in names:
-        if os.path.isdir(name):
+        if Path(name).is_dir():
             inside = sorted(map(str, Path(name).iterdir()))
-            suffixes = tuple(Image.registered_extensions())
             found += [path for path in inside if path.lower().endswith(suffixes)]
-        elif os.path.exists(name):
-            found.append(name)
         else:
             found += sorted(glob.glob(name)) or [name]
     return found
@@ -1229,14 +1202,12 @@ def plot_readings(read: dict[str, tuple], probabilities: Tensor) -> Figure:
         for axis, image in zip(row, images, strict=False):
             axis.imshow(np.asarray(image), cmap="gray")
             axis.axis("off")
-        shown = Path(name).name.encode(errors="replace").decode()[-28:]
-        row[0].set_title(shown, fontsize=8, parse_math=False)
+        row[0].set_title(Path(name).name[-28:], fontsize=8, parse_math=False)
         row[1].set_title("as the network saw it", fontsize=8)
         bars = row[2].bar(range(len(p)), 100 * p, color="silver")
         bars[p.argmax()].set_color(BLUE)
         row[2].set(xticks=range(len(p)), ylim=(0, 100), ylabel="probability (%)")
         row[2].set_title(f"read as {p.argmax()}, {100 * p.max():.1f} %", fontsize=8)
-    axes[-1, 2].set_xlabel("digit")
     return figure
 
 
@@ -1334,20 +1305,11 @@ def load_weights(model: nn.Module, recipe: Recipe) -> None:
 
 import argparse
 import ctypes
-import platform
 import shlex
 import shutil
 import subprocess
 
 RUNS = Path("runs")
-
-join_command = subprocess.list2cmdline if os.name == "nt" else shlex.join  # as the shell reads it
-
-
-def describe_device(device: torch.device) -> str:
-    """Return the device with its name and the number of threads."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return f"{device} ({name}, threads: {torch.get_num_threads()})"
 
 
 def load_checkpoint(run: str | None, name: str) -> tuple[Path, dict[str, Any]]:
@@ -1390,15 +1352,26 @@ def start_or_resume(args: argparse.Namespace, changes: dict) -> tuple[Recipe, di
         if recipe.dataset == "mnist" and "dataset" not in changes:
             recipe = replace(recipe, dataset=mnist_or_synthetic(args.data_dir))
         return recipe, {}, None
-    if args.recipe or args.output_dir:
-        raise UserError("a resumed run keeps its recipe and folder: no --recipe, no --output-dir")
     path, checkpoint = load_checkpoint(args.resume, "last.pt")
-    recipe = checkpoint["recipe"]
-    for name, value in changes.items():
-        may_change = name == "patience" or (name == "epochs" and recipe.scheduler != "onecycle")
-        if value != getattr(recipe, name) and not may_change:
-            raise UserError(f"a resumed run keeps its {name}, {getattr(recipe, name)}")
-    return replace(recipe, **changes), checkpoint, path.parent
+    recipe = replace(checkpoint["recipe"], **changes)
+    free = ["patience"] if recipe.scheduler == "onecycle" else ["patience", "epochs"]
+    if args.recipe or args.output_dir or changes.keys() - set(free):
+        raise UserError(f"a resumed run keeps its folder and its settings, except {free}")
+    return recipe, checkpoint, path.parent
+
+
+def report_run(trainer: ResNetTrainer, data: MNISTDataLoader, history: dict, epoch: int) -> None:
+    """Test a network of this epoch and report; write report and pictures if it has a folder."""
+    recipe, run_dir = trainer.recipe, trainer.run_dir
+    results = trainer.test(data.test.to(trainer.device))
+    report = make_report(recipe, history, epoch, results)
+    say(f"\n{report}")
+    if run_dir:
+        with replacing(run_dir / "report.txt") as file:
+            file.write_bytes(report.encode())
+        title = f"{recipe.model}, {recipe.input}, {recipe.dataset}"
+        visualize_results(trainer.model, data.test, results, history, run_dir, title)
+        say(f"weights, history, report and pictures: {run_dir}")
 
 
 def command_train(args: argparse.Namespace, changes: dict) -> None:
@@ -1413,43 +1386,32 @@ def command_train(args: argparse.Namespace, changes: dict) -> None:
     for part in filter(None, recipe.freeze.split(",")):
         with explaining(f"cannot freeze {part!r}"):
             model.get_submodule(part).requires_grad_(False)
-    rank, world_size = get_rank_and_world_size()
     name = f"{recipe.model}-{recipe.input}-{recipe.dataset}"
-    run_dir = None if rank else run_dir or claim_run_dir(args.output_dir, name)
+    run_dir = None if RANK else run_dir or claim_run_dir(args.output_dir, name)
     trainer = ResNetTrainer(model, device, recipe, run_dir)
     sizes = [f"{len(loader.labels):,}" for loader in (data.train, data.val, data.test)]
     parameters = sum(p.numel() for p in model.parameters())
-    say(f"device  {describe_device(device)}, {trainer.precision}, processes: {world_size}")
+    threads = torch.get_num_threads()  # which the last bits of a result depend on
+    say(f"device  {device}, {trainer.precision}, threads: {threads}, processes: {WORLD_SIZE}")
     say(f"data    {recipe.dataset}: {sizes[0]} to train, {sizes[1]} to select, {sizes[2]} to test")
     say(f"model   {recipe.model} for {recipe.input}: {parameters:,} parameters")
     say(f"run     {run_dir}\n")
     try:
         history = trainer.train(data.train, data.val, resume=checkpoint)
-        if run_dir:
-            finish_run(trainer, data, history)
+        report_run(trainer, data, history, best_epoch(history))
     except KeyboardInterrupt:
         if run_dir:
             command = ["python", sys.argv[0], f"--resume={run_dir}"]
             command += [f"--data-dir={args.data_dir}", f"--device={device}"]
-            print(f"stopped; this goes on:  {join_command(command)}", file=sys.stderr)
+            join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+            print(f"stopped; this goes on:  {join(command)}", file=sys.stderr)
         raise
     except Exception:
         if run_dir and not checkpoint and not (run_dir / "best.pt").exists():
             shutil.rmtree(run_dir)  # no epoch was finished: the same command may start again
         raise
-
-
-def finish_run(trainer: ResNetTrainer, data: MNISTDataLoader, history: dict) -> None:
-    """Test a trained network; write its report and pictures."""
-    recipe, run_dir = trainer.recipe, trainer.run_dir
-    results = trainer.test(data.test.to(trainer.device))
-    report = make_report(recipe, history, best_epoch(history), results)
-    with replacing(run_dir / "report.txt") as file:
-        file.write_bytes(report.encode())
-    say(f"\n{report}")
-    title = f"{recipe.model}, {recipe.input}, {recipe.dataset}"
-    visualize_results(trainer.model, data.test, results, history, run_dir, title)
-    say(f"weights, history, report and pictures: {run_dir}")
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
 
 
 def command_evaluate(args: argparse.Namespace, changes: dict) -> None:
@@ -1457,15 +1419,14 @@ def command_evaluate(args: argparse.Namespace, changes: dict) -> None:
     for run in args.runs or [None]:
         path, checkpoint, trainer = load_trainer(run, args.device)
         data = MNISTDataLoader(args.data_dir, trainer.recipe)
-        results = trainer.test(data.test.to(trainer.device))
         history = checkpoint["history"]
-        say(f"{path} on {describe_device(trainer.device)}, {trainer.precision}\n")
-        say(make_report(trainer.recipe, history, len(history["epoch"]), results))
+        say(f"{path} on {trainer.device}, {trainer.precision}")
+        report_run(trainer, data, history, len(history["epoch"]))
 
 
 def command_predict(args: argparse.Namespace, changes: dict) -> int:
     """Read digits from image files, or label Kaggle's test.csv."""
-    if bool(args.images) == bool(args.kaggle):
+    if not args.images and not args.kaggle:
         raise UserError("predict takes image files, or --kaggle and a test.csv")
     path, _, trainer = load_trainer(args.checkpoint, args.device)
 
@@ -1475,12 +1436,12 @@ def command_predict(args: argparse.Namespace, changes: dict) -> int:
 
     if args.kaggle:
         images, _ = read_kaggle_table(args.kaggle, labelled=False)
-        labels, solution = predict(images).argmax(dim=1), path.with_name("solution.csv")
-        lines = [f"{number},{label}\n" for number, label in enumerate(labels, start=1)]
+        labels = predict(images).argmax(dim=1)
+        table = np.stack([np.arange(1, len(labels) + 1), labels], axis=1)
+        solution = path.with_name("solution.csv")
         with replacing(solution) as file:
-            file.write_bytes("".join(["ImageId,Label\n", *lines]).encode())
+            np.savetxt(file, table, "%d", delimiter=",", header="ImageId,Label", comments="")
         say(f"labels of {len(labels):,} images: {solution}")
-        return 0
     code, read = 0, {}
     for name in find_images(args.images):
         try:
@@ -1522,28 +1483,23 @@ def parse(command: str, arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(usage=USAGE, allow_abbrev=False, exit_on_error=False)
     parser.description = COMMANDS[command].__doc__
     add = parser.add_argument
-    of_network = ("model", "input", "stem", "plain")
-    for entry in fields(Recipe):
+    # A network's layers follow from the first four settings.
+    settings = {"train": fields(Recipe), "describe": fields(Recipe)[:4]}
+    for entry in settings.get(command, ()):
         name, kind = entry.name, type(entry.default)
-        if not (command == "train" or (command == "describe" and name in of_network)):
-            continue
         if name in GROUPS:
             add = parser.add_argument_group(GROUPS[name]).add_argument
-        default = "" if str(entry.default) in ("", "False") else f" (default: {entry.default})"
-        help = entry.metadata["help"] + ", ".join(TABLES.get(name, ())) + default
-        how = {"help": help, "default": argparse.SUPPRESS}
+        help = entry.metadata["help"] + ", ".join(TABLES.get(name, ()))
+        if entry.default:
+            help += f" (default: {entry.default})"
+        how = {"type": kind, "choices": TABLES.get(name), "metavar": kind.__name__}
         if kind is bool:
-            how["action"] = "store_true"
-        else:
-            metavar = {int: "N", float: "X", str: "NAME"}[kind]
-            how |= {"type": kind, "choices": TABLES.get(name), "metavar": metavar}
-        add("--" + name.replace("_", "-"), **how)
+            how = {"action": "store_true"}
+        add("--" + name.replace("_", "-"), help=help, default=argparse.SUPPRESS, **how)
     if command == "train":
-        help = f"named settings, which other flags change: {', '.join(RECIPES)}"
-        add("--recipe", choices=RECIPES, metavar="NAME", help=help)
+        add("--recipe", choices=RECIPES, metavar="NAME", help="settings to begin with: %(choices)s")
         add("--output-dir", metavar="DIR", help="folder of the run (default: a new one in runs/)")
-        help = "go on with a run (default: the newest)"
-        add("--resume", nargs="?", const="", metavar="RUN", help=help)
+        add("--resume", nargs="?", const="", metavar="RUN", help="go on with it (default: newest)")
     if command == "evaluate":
         add("runs", nargs="*", metavar="RUN", help="folder or checkpoint (default: the newest)")
     if command == "predict":
@@ -1572,16 +1528,11 @@ def main(arguments=()) -> int:
     """Run a command, such as ["evaluate"]; return the exit code."""
     arguments = list(arguments)
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may not know ×
     try:
         args = parse(command, arguments)
         changes = {s.name: getattr(args, s.name) for s in fields(Recipe) if hasattr(args, s.name)}
         keep_freed_memory()
-        code = COMMANDS[command](args, changes)
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
-        return code or 0
+        return COMMANDS[command](args, changes) or 0
     except (UserError, OSError, argparse.ArgumentError) as error:
         print(f"error: {error}", file=sys.stderr)
     except RuntimeError as error:
