@@ -885,7 +885,7 @@ def plot_curves(history: dict[str, list], title: str = "") -> Figure:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     axes[0, 0].legend()
-    axes[0, 0].set_yscale("log")
+    axes[0, 0].set_yscale("log", subs=[2, 3, 5])
     axes[0, 0].yaxis.set(major_formatter="{x:,g}", minor_formatter="{x:,g}")  # plain numbers
     return figure
 
@@ -908,7 +908,7 @@ def plot_digits(images: Tensor, results: dict, chosen: list[int], title: str = "
     rows = min(max(1, math.ceil(len(chosen) / 8)), 5)
     figure, axes = new_figure(rows, 8, 10, 1.65 * rows + 0.7, title)
     for axis in axes.flat:
-        axis.axis("off")
+        axis.set(xticks=[], yticks=[], frame_on=False)
     for axis, number in zip(axes.flat, chosen, strict=False):
         label, prediction = results["labels"][number], results["predictions"][number]
         axis.imshow(images[number, 0].numpy(), cmap="gray")
@@ -928,7 +928,7 @@ def plot_feature_maps(model: Any, image: Tensor, title: str = "") -> Figure:
         channels = features[0].float().cpu().numpy()
         colors = "gray" if name == "input" else "viridis"
         for axis in row:
-            axis.axis("off")
+            axis.set(xticks=[], yticks=[], frame_on=False)
         for axis, channel in zip(row, channels, strict=False):
             # One scale per row, so that its channels can be compared.
             axis.imshow(channel, cmap=colors, vmin=channels.min(), vmax=channels.max())
@@ -1201,7 +1201,7 @@ def plot_readings(read: dict[str, tuple], probabilities: Tensor) -> Figure:
     for row, (name, images), p in zip(axes, read.items(), probabilities.numpy(), strict=False):
         for axis, image in zip(row, images, strict=False):
             axis.imshow(np.asarray(image), cmap="gray")
-            axis.axis("off")
+            axis.set(xticks=[], yticks=[], frame_on=False)
         row[0].set_title(Path(name).name[-28:], fontsize=8, parse_math=False)
         row[1].set_title("as the network saw it", fontsize=8)
         bars = row[2].bar(range(len(p)), 100 * p, color="silver")
