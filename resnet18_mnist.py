@@ -436,7 +436,7 @@ class TensorLoader:
 
 
 class MNISTDataLoader:
-    """A data set as loaders .train, .val, .test; ``changes`` change the recipe. UserError."""
+    """The loaders .train, .val and .test of a data set; ``changes`` change the recipe."""
 
     def __init__(self, data_dir: str | Path = "data", recipe: Recipe | None = None, **changes: Any):
         recipe = replace(recipe or Recipe(), **changes)
