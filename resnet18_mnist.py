@@ -21,7 +21,7 @@ Each section is a notebook cell that needs only the ones above it:
     8  Other nets    LeNet-5, plain networks, weights to start from
     9  Command line  train, evaluate, predict, describe
 
-Whoever stops after section 5, at line 794, has read how a ResNet is built and trained.
+Whoever stops after section 5, at line 771, has read how a ResNet is built and trained.
 
 Sources: He 2015a, Deep Residual Learning for Image Recognition, arXiv:1512.03385. He 2015b, Delving
 Deep into Rectifiers, arXiv:1502.01852. Ioffe 2015, Batch Normalization, arXiv:1502.03167. Goyal
@@ -303,26 +303,6 @@ def look_up(table: dict[str, Any], name: str, what: str) -> Any:
     return table[name]
 
 
-# Ways in which ResNets are trained on MNIST. A patience of 99 switches early stopping off.
-# fmt: off
-RECIPES = {
-    "plateau":   Recipe(),
-    "rgb32":     Recipe(input="rgb32", rotate=0, shift=0, scheduler="none", patience=99),
-    "adam":      Recipe(normalize="none", rotate=0, shift=0, optimizer="adam", lr=0.001,
-                        weight_decay=0, scheduler="none", patience=99),
-    "kaggle":    Recipe(dataset="kaggle", normalize="kaggle", val_size=4200, shift=0, epochs=15,
-                        batch_size=32, optimizer="adam", lr=0.01, weight_decay=0,
-                        scheduler="step", lr_step=5, lr_factor=0.05, patience=10),
-    "augmented": Recipe(optimizer="adam", lr=0.001, weight_decay=1e-4, scheduler="step",
-                        lr_step=7, lr_factor=0.1, patience=99),
-    "fast":      Recipe(rotate=6, shift=0.05, stretch=0.06, epochs=6, batch_size=256,
-                        optimizer="nesterov", lr=0.2, scheduler="onecycle", patience=99),
-    "best":      Recipe(stem="cifar", rotate=10, shift=0.08, stretch=0.1, epochs=12, batch_size=256,
-                        optimizer="nesterov", lr=0.1, scheduler="onecycle", patience=99),
-}
-# fmt: on
-
-
 # %% 3. Data
 #
 # MNIST is 55 MB of bytes, so it lives as uint8 tensors on the device that trains. A batch is an
@@ -550,10 +530,8 @@ def train_one_epoch(
         with autocast:
             logits = model(images)  # (N, 10)
             loss = F.cross_entropy(logits, labels)
-        # An update takes the mean gradient over its batches; the last one may have fewer.
-        start = (step - 1) // accumulate * accumulate
-        batches = min(accumulate, len(loader) - start)
-        (loss / batches).backward()
+        # Gradients add up to their mean; what is left over at the end makes a smaller step.
+        (loss / accumulate).backward()
         if step % accumulate == 0 or step == len(loader):
             optimizer.step()
             optimizer.zero_grad()
@@ -715,8 +693,8 @@ class ResNetTrainer:
         if resume:
             with explaining("this cannot be resumed; the last.pt of a run can"):
                 for name in ("model", "optimizer", "scheduler"):
-                    getattr(self, name).load_state_dict(resume[name])
-                self.history, self.best_weights = resume["history"], resume["best_model"]
+                    getattr(self, name).load_state_dict(resume[f"last_{name}"])
+                self.history, self.best_weights = resume["history"], resume["model"]
         ddp_model = DistributedDataParallel(self.model) if WORLD_SIZE > 1 else self.model
         self._save(is_best=False)  # a run killed in epoch 1 can be resumed, too
         say(HEADER)
@@ -767,17 +745,16 @@ class ResNetTrainer:
         if not self.run_dir:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        best = {"recipe": asdict(self.recipe), "history": self.history, "model": self.best_weights}
-        last = {**best, "best_model": self.best_weights}
-        for name in ("model", "optimizer", "scheduler"):
-            last[name] = getattr(self, name).state_dict()
+        state = {"recipe": asdict(self.recipe), "history": self.history, "model": self.best_weights}
         if is_best:
             with replacing(self.run_dir / "best.pt") as file:
-                torch.save(best, file)
+                torch.save(state, file)
+        for name in ("model", "optimizer", "scheduler"):  # what training goes on from
+            state[f"last_{name}"] = getattr(self, name).state_dict()
         with replacing(self.run_dir / "history.csv") as path, open(path, "w", newline="") as file:
             csv.writer(file).writerows([self.history, *zip(*self.history.values(), strict=True)])
         with replacing(self.run_dir / "last.pt") as file:
-            torch.save(last, file)
+            torch.save(state, file)
 
     def test(self, test_loader) -> dict[str, Any]:
         """Return what evaluate() does: loss, accuracy, predictions, labels, probabilities."""
@@ -835,14 +812,13 @@ def classification_report(results: dict) -> str:
     return "\n".join(lines)
 
 
-def make_report(recipe: Recipe, history: dict[str, list], epoch: int, results: dict) -> str:
-    """Return how a network does that was trained for these epochs: text of 80 columns."""
+def make_report(recipe: Recipe, history: dict[str, list], results: dict) -> str:
+    """Return how the network of the best epoch does: text of 80 columns."""
     lines = [f"{recipe.model}, {recipe.input}, dataset {recipe.dataset}, seed {recipe.seed}"]
-    if epoch:
-        chosen = "selected" if best_epoch(history) == epoch else "not selected"
-        by = "validation set" if recipe.select_on == "val" else "TEST SET, which is optimistic"
-        loss, accuracy = history["val_loss"][epoch - 1], history["val_accuracy"][epoch - 1]
-        lines.append(f"epoch {epoch}, {chosen} on the {by}: loss {loss:.4f}, {accuracy:.2f} %")
+    epoch = best_epoch(history)
+    by = "validation set" if recipe.select_on == "val" else "TEST SET, which is optimistic"
+    loss, accuracy = history["val_loss"][epoch - 1], history["val_accuracy"][epoch - 1]
+    lines.append(f"epoch {epoch}, selected on the {by}: loss {loss:.4f}, {accuracy:.2f} %")
     correct = (results["predictions"] == results["labels"]).sum()
     counts = f"{correct:,} of {len(results['labels']):,} {recipe.dataset} images"
     tested = "validation" if recipe.dataset == "kaggle" else "test"  # its test has no labels
@@ -1028,9 +1004,8 @@ from torchvision.ops import masks_to_boxes
 
 def draw_synthetic_digits(data_dir=None, train_size: int = 6000, test_size: int = 1000) -> tuple:
     """Draw digits with matplotlib's fonts, always the same; return four tensors as read_mnist()."""
-    symbols = ("Display", "LastResort", "NonUni", "Siz", "cmex", "cmmi", "cmsy")  # hold no digits
-    paths = sorted(Path(matplotlib.get_data_path(), "fonts", "ttf").glob("*.ttf"))
-    paths = [path for path in paths if not any(name in path.name for name in symbols)]
+    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    paths = [path for path in sorted(folder.glob("DejaVu*")) if "Display" not in path.name]
     fonts = [ImageFont.truetype(path, size) for path in paths for size in range(32, 51, 3)]
     rng = random.Random(0)
     labels = torch.arange(train_size + test_size) % 10
@@ -1221,11 +1196,11 @@ import zipfile
 from torchvision import models
 
 
-def lenet5(num_classes: int = 10, input_channels: int = 1) -> nn.Sequential:
+def lenet5(num_classes: int = 10, input_channels: int = 1, stem=None) -> nn.Sequential:
     """LeNet-5 (LeCun 1998, II.B): (N, C, H, W) → (N, num_classes).
 
     Simpler than there: each map of C3 reads all maps of S2, subsampling has no weights, the tanh
-    no scale, and the output is linear.
+    no scale, and the output is linear. It has no ``stem``.
     """
     c1 = nn.Conv2d(input_channels, 6, 5, padding=2)  # (N, 6, 28, 28)
     s2 = nn.Sequential(nn.Tanh(), nn.AvgPool2d(2))  # (N, 6, 14, 14)
@@ -1244,13 +1219,9 @@ def build_model(recipe: Recipe) -> nn.Module:
     """Return the recipe's network, newly initialized. Raises UserError."""
     channels, _, suitable_stem = look_up(INPUTS, recipe.input, "input")
     build = look_up(NETWORKS, recipe.model, "model")
-    options = {"input_channels": channels}
-    if recipe.stem != "auto":
-        options["stem"] = recipe.stem
-    elif build is not lenet5:
-        options["stem"] = suitable_stem
+    stem = suitable_stem if recipe.stem == "auto" else recipe.stem
     with explaining(f"cannot build {recipe.model}"):
-        model = build(**options)
+        model = build(input_channels=channels, stem=stem)
     for module in model.modules():
         if recipe.plain and hasattr(module, "downsample"):
             del module.downsample  # a module, or None
@@ -1311,6 +1282,25 @@ import subprocess
 
 RUNS = Path("runs")
 
+# Ways in which ResNets are trained on MNIST. A patience of 99 switches early stopping off.
+# fmt: off
+RECIPES = {
+    "plateau":   Recipe(),
+    "rgb32":     Recipe(input="rgb32", rotate=0, shift=0, scheduler="none", patience=99),
+    "adam":      Recipe(normalize="none", rotate=0, shift=0, optimizer="adam", lr=0.001,
+                        weight_decay=0, scheduler="none", patience=99),
+    "kaggle":    Recipe(dataset="kaggle", normalize="kaggle", val_size=4200, shift=0, epochs=15,
+                        batch_size=32, optimizer="adam", lr=0.01, weight_decay=0,
+                        scheduler="step", lr_step=5, lr_factor=0.05, patience=10),
+    "augmented": Recipe(optimizer="adam", lr=0.001, weight_decay=1e-4, scheduler="step",
+                        lr_step=7, lr_factor=0.1, patience=99),
+    "fast":      Recipe(rotate=6, shift=0.05, stretch=0.06, epochs=6, batch_size=256,
+                        optimizer="nesterov", lr=0.2, scheduler="onecycle", patience=99),
+    "best":      Recipe(stem="cifar", rotate=10, shift=0.08, stretch=0.1, epochs=12, batch_size=256,
+                        optimizer="nesterov", lr=0.1, scheduler="onecycle", patience=99),
+}
+# fmt: on
+
 
 def load_checkpoint(run: str | None, name: str) -> tuple[Path, dict[str, Any]]:
     """Return path and content of a checkpoint: a file, or ``name`` in a folder (None: newest)."""
@@ -1360,11 +1350,11 @@ def start_or_resume(args: argparse.Namespace, changes: dict) -> tuple[Recipe, di
     return recipe, checkpoint, path.parent
 
 
-def report_run(trainer: ResNetTrainer, data: MNISTDataLoader, history: dict, epoch: int) -> None:
-    """Test a network of this epoch and report; write report and pictures if it has a folder."""
+def report_run(trainer: ResNetTrainer, data: MNISTDataLoader, history: dict) -> None:
+    """Test the best epoch's network and report; write report and pictures if it has a folder."""
     recipe, run_dir = trainer.recipe, trainer.run_dir
     results = trainer.test(data.test.to(trainer.device))
-    report = make_report(recipe, history, epoch, results)
+    report = make_report(recipe, history, results)
     say(f"\n{report}")
     if run_dir:
         with replacing(run_dir / "report.txt") as file:
@@ -1398,7 +1388,7 @@ def command_train(args: argparse.Namespace, changes: dict) -> None:
     say(f"run     {run_dir}\n")
     try:
         history = trainer.train(data.train, data.val, resume=checkpoint)
-        report_run(trainer, data, history, best_epoch(history))
+        report_run(trainer, data, history)
     except KeyboardInterrupt:
         if run_dir:
             command = ["python", sys.argv[0], f"--resume={run_dir}"]
@@ -1419,9 +1409,8 @@ def command_evaluate(args: argparse.Namespace, changes: dict) -> None:
     for run in args.runs or [None]:
         path, checkpoint, trainer = load_trainer(run, args.device)
         data = MNISTDataLoader(args.data_dir, trainer.recipe)
-        history = checkpoint["history"]
         say(f"{path} on {trainer.device}, {trainer.precision}")
-        report_run(trainer, data, history, len(history["epoch"]))
+        report_run(trainer, data, checkpoint["history"])
 
 
 def command_predict(args: argparse.Namespace, changes: dict) -> int:
