@@ -13,7 +13,7 @@ Each section is a notebook cell that needs only the ones above it:
 
     1  Network       the residual block, and five depths built from it
     2  Recipe        every setting of a run, with its default
-    3  Data          70,000 digits as tensors; a batch is an index into them
+    3  Data          70,000 digits as tensors, from which batches are made
     4  Device        where to compute, in which number format, in how many processes
     5  Training      the loop, evaluation, early stopping, checkpoints
     6  Report        and pictures: curves, mistakes, feature maps, the table of layers
@@ -21,7 +21,7 @@ Each section is a notebook cell that needs only the ones above it:
     8  Other nets    LeNet-5, plain networks, weights to start from
     9  Command line  train, evaluate, predict, describe
 
-Whoever stops after section 5, at line 771, has read how a ResNet is built and trained.
+Whoever stops after section 5, at line 779, has read how a ResNet is built and trained.
 
 Sources: He 2015a, Deep Residual Learning for Image Recognition, arXiv:1512.03385. He 2015b, Delving
 Deep into Rectifiers, arXiv:1502.01852. Ioffe 2015, Batch Normalization, arXiv:1502.03167. Goyal
@@ -91,7 +91,7 @@ class BasicBlock(nn.Module):
         residual = self.relu(self.bn1(self.conv1(x)))
         residual = self.bn2(self.conv2(residual))
         shortcut = x if self.downsample is None else self.downsample(x)
-        # The last ReLU comes after the sum; inside F, it would let the residual only add.
+        # The last ReLU comes after the sum; before it, the residual could only add.
         return self.relu(residual + shortcut)
 
 
@@ -132,7 +132,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A stem, four stages of blocks, the mean over the last map, a linear classifier.
+    """A stem (first convolution and pool), four stages of blocks, a mean, a linear classifier.
 
     ``layers`` is the number of blocks in each stage. The stem "imagenet" shrinks each side to a
     quarter; "cifar" keeps every pixel of a small image, as for CIFAR-10 (He 2015a, 4.2).
@@ -225,7 +225,8 @@ def resnet152(**options: Any) -> ResNet:
 
 # %% 2. Recipe
 #
-# The settings of a run. Each is also a flag: ``lr_factor`` is --lr-factor.
+# The settings of a run. Each is also a flag: ``lr_factor`` is --lr-factor. Its help stands beside
+# it; where that ends in a colon, the command line adds the choices.
 
 
 class UserError(Exception):
@@ -249,8 +250,8 @@ class Recipe:
     weights: str = setting("", "weights to start from: imagenet, or a file")
     freeze: str = setting("", "parts that keep their weights, as in conv1,bn1,layer1")
     # Data
-    dataset: str = setting("mnist", "data to read; unless asked for, mnist may become synthetic: ")
-    normalize: str = setting("mnist", "whose mean and deviation normalize the pixels: ")
+    dataset: str = setting("mnist", "data to read; without this flag, synthetic if need be: ")
+    normalize: str = setting("mnist", "data set whose mean and deviation normalize the pixels: ")
     val_size: int = setting(0, "training images held out for validation; 0: a twelfth")
     select_on: str = setting("val", "val, or test: choose the epoch on the test set (optimistic)")
     limit: int = setting(0, "number of training images; 0: all of them")
@@ -267,7 +268,7 @@ class Recipe:
     weight_decay: float = setting(5e-4, "weight decay of all parameters")
     scheduler: str = setting("plateau", "what lowers the learning rate: ")
     lr_factor: float = setting(0.3, "plateau, step: factor that lowers the learning rate")
-    lr_patience: int = setting(0, "plateau: epochs without a lower loss that it tolerates")
+    lr_patience: int = setting(0, "plateau: epochs without a lower validation loss it tolerates")
     lr_step: int = setting(5, "step: epochs from one step to the next", low=1)
     patience: int = setting(5, "epochs without a lower validation loss that end a run", low=1)
     # Run
@@ -308,7 +309,8 @@ def look_up(table: dict[str, Any], name: str, what: str) -> Any:
 # MNIST is 55 MB of bytes, so it lives as uint8 tensors on the device that trains. A batch is an
 # index into them, then made float, augmented and normalized as a whole, in little time.
 
-# Channels, pixels per side, and the stem that suits them.
+# Channels, pixels per side, and the stem: "imagenet" makes gray28 the cheap input, at a 17th of the
+# FLOPs of rgb32, whose "cifar" stem keeps every pixel.
 INPUTS = {"gray28": (1, 28, "imagenet"), "rgb32": (3, 32, "cifar")}
 
 # Mean and standard deviation of the pixels of the training images, scaled to 0–1.
@@ -347,13 +349,14 @@ def split_by_class(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Te
     by_class = order[labels[order].argsort(stable=True)]
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     # In a list sorted by class, every twelfth image, say, makes a twelfth of each class.
-    held_out[by_class[torch.arange(val_size) * len(labels) // max(val_size, 1)]] = True
+    evenly = torch.arange(val_size) * len(labels) // max(val_size, 1)
+    held_out[by_class[evenly]] = True
     return order[~held_out[order]], order[held_out[order]]
 
 
 def distort(images: Tensor, draws: Tensor, recipe: Recipe) -> Tensor:
     """Rotate, shift and stretch each image (N, C, H, W) by its own draws (2, N, 3) in [-1, 1)."""
-    # torchvision's transforms give one draw to a whole batch (its issue 8484).
+    # torchvision's transforms would give one draw to the whole batch.
     angle = math.radians(recipe.rotate) * draws[0, :, 0]
     dx, dy = 2 * recipe.shift * draws[0, :, 1:].T  # sides are 2 long here
     wide, slant, high = recipe.stretch * draws[1].T
@@ -403,7 +406,8 @@ class TensorLoader:
         if self.train:  # drawn on the CPU, so that the numbers do not depend on the device
             order = torch.randperm(n)
             draws = 2 * torch.rand(2, n, 3).to(self.images.device) - 1
-            # Each process takes every WORLD_SIZE-th image, and all take equally many.
+            # All processes draw the same order. Each takes every WORLD_SIZE-th image of it, and all
+            # take equally many.
             order = order[RANK::WORLD_SIZE][: n // WORLD_SIZE]
         for index in order.to(self.images.device).split(self.batch_size)[: len(self)]:
             x = TF.resize(self.images[index], [size, size], antialias=False)
@@ -480,8 +484,8 @@ def pick_precision(name: str, device: torch.device) -> str:
 def init_distributed(device: torch.device) -> torch.device:
     """Join the other processes of torchrun, if there are any; return this one's device.
 
-    Each trains on its share of every batch, batch norm included. DistributedDataParallel averages
-    their gradients, so all of them take the same steps.
+    Each trains on its share of every batch, whose statistics its batch norms use.
+    DistributedDataParallel averages the gradients, so all processes take the same steps.
     """
     if WORLD_SIZE > 1:
         if device.type == "cuda":
@@ -496,8 +500,8 @@ def init_distributed(device: torch.device) -> torch.device:
 # %% 5. Training
 #
 # train_one_epoch() and evaluate() are the core. ResNetTrainer repeats them until nothing improves
-# any more. After each epoch it saves what it needs to go on: to the last bit, on the same CPU with
-# as many threads.
+# any more, and saves after each epoch what it needs to go on. A resumed run ends with the same bits
+# as one that was never stopped, on the same CPU with as many threads.
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -535,7 +539,7 @@ def train_one_epoch(
         if step % accumulate == 0 or step == len(loader):
             optimizer.step()
             optimizer.zero_grad()
-            if scheduler and not isinstance(scheduler, ReduceLROnPlateau):  # it steps per epoch
+            if scheduler and not isinstance(scheduler, ReduceLROnPlateau):  # that steps per epoch
                 scheduler.step()
 
         correct = (logits.argmax(dim=1) == labels).sum()
@@ -577,7 +581,8 @@ def evaluate(model: nn.Module, loader, precision: str = "fp32") -> dict[str, Any
     }
 
 
-# Optimizers, made of parameter groups p, which have learning rate and weight decay, and a recipe r.
+# How to make an optimizer of parameter groups p, which hold learning rate and weight decay, and a
+# recipe r.
 OPTIMIZERS: dict[str, Callable] = {
     "sgd": lambda p, r: torch.optim.SGD(p, momentum=r.momentum),
     "nesterov": lambda p, r: torch.optim.SGD(p, momentum=r.momentum, nesterov=True),
@@ -586,8 +591,8 @@ OPTIMIZERS: dict[str, Callable] = {
     "rmsprop": lambda p, r: torch.optim.RMSprop(p),
 }
 
-# Schedulers, made of an optimizer o, n updates per epoch, and a recipe r. "plateau" steps after
-# each epoch, by its validation loss; all others step at every update.
+# How to make a scheduler of an optimizer o, n updates per epoch, and a recipe r. "plateau" steps
+# after each epoch, by its validation loss; all others step at every update.
 SCHEDULERS: dict[str, Callable] = {
     "plateau": lambda o, n, r: ReduceLROnPlateau(o, "min", r.lr_factor, r.lr_patience, threshold=0),
     "step": lambda o, n, r: StepLR(o, r.lr_step * n, r.lr_factor),
@@ -598,16 +603,17 @@ SCHEDULERS: dict[str, Callable] = {
 
 @contextlib.contextmanager
 def fast_small_maps(model: nn.Module) -> Iterator[None]:
-    """In this context, train 3×3 convolutions faster where they have a single position.
+    """In this context, train 3×3 convolutions faster where their output is a single position.
 
     On a 1×1 map, or with stride 2 on 2×2, most of the nine taps meet padding only. Without them
-    the same sum is a matrix product.
+    the same sum is a matrix product. In float32, a step of ResNet-18 on gray28 takes half as long.
     """
 
     def forward(conv: nn.Conv2d, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
         if max(height, width) > min(*conv.stride, 2):
             return nn.Conv2d.forward(conv, x)
+        # The center tap meets the first pixel, since padding is 1; those after it meet the rest.
         taps = conv.weight[:, :, 1 : 1 + height, 1 : 1 + width]
         return F.linear(x.flatten(1), taps.flatten(1), conv.bias)[:, :, None, None]
 
@@ -655,7 +661,8 @@ class ResNetTrainer:
     """Trains and tests a classifier; parameters with requires_grad=False stay as they are.
 
     ``device`` None picks the best. The recipe's network, data and batch size are not used.
-    ``run_dir`` receives best.pt, last.pt and history.csv; None writes nothing.
+    ``run_dir`` receives best.pt, last.pt and history.csv; None, as for all processes but the
+    first, writes nothing.
     """
 
     def __init__(self, model: nn.Module, device=None, recipe: Recipe | None = None, run_dir=None):
@@ -663,7 +670,7 @@ class ResNetTrainer:
         self.run_dir = Path(run_dir) if run_dir else None
         self.device = pick_device(device)
         self.precision = pick_precision(self.recipe.precision, self.device)
-        # cuDNN and oneDNN prefer channels_last; on mps its gradients were wrong (issue 175189).
+        # cuDNN and oneDNN prefer channels_last; on mps it gave wrong gradients (PyTorch 175189).
         layout = torch.preserve_format if self.device.type == "mps" else torch.channels_last
         self.model = model.to(self.device, memory_format=layout)
 
@@ -694,7 +701,7 @@ class ResNetTrainer:
             with explaining("this cannot be resumed; the last.pt of a run can"):
                 for name in ("model", "optimizer", "scheduler"):
                     getattr(self, name).load_state_dict(resume[f"last_{name}"])
-                self.history, self.best_weights = resume["history"], resume["model"]
+                self.history, self.best_weights = resume["history"], resume["model"]  # see _save
         ddp_model = DistributedDataParallel(self.model) if WORLD_SIZE > 1 else self.model
         self._save(is_best=False)  # a run killed in epoch 1 can be resumed, too
         say(HEADER)
@@ -707,7 +714,7 @@ class ResNetTrainer:
             for name, value in zip(COLUMNS, row, strict=True):
                 history[name].append(value)
             is_best = best_epoch(history) == epoch
-            if is_best:
+            if is_best:  # copied as they are in most files, not channels_last
                 for name, w in self.model.state_dict().items():
                     self.best_weights[name] = w.cpu().clone(memory_format=torch.contiguous_format)
             self._save(is_best)
@@ -723,14 +730,15 @@ class ResNetTrainer:
         learning_rate, accumulate = optimizer.param_groups[0]["lr"], self.recipe.accumulate
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             # Order, augmentation and dropout follow from seed and epoch alone, so a resumed run
-            # need not know what was drawn before. The factor keeps two seeds' epochs from meeting.
-            torch.manual_seed(self.recipe.seed * 1_000_003 + epoch)
+            # need not know what was drawn before, and the caller's random numbers go on after it.
+            torch.manual_seed(self.recipe.seed * 1_000_003 + epoch)  # no two seeds' epochs meet
             with fast_small_maps(self.model):
                 train = val = train_one_epoch(
                     model, train_loader, optimizer, scheduler, self.precision, accumulate
                 )
             if val_loader is not None:
-                # DDP first gives all processes the batch-norm statistics of the first.
+                # Each process validates on all images, with the first one's batch-norm statistics,
+                # which DDP hands out; so all of them decide alike.
                 val = evaluate(model, val_loader, self.precision)
         if not math.isfinite(val["loss"]):
             raise UserError(f"the validation loss became {val['loss']}: try a lower --lr")
@@ -749,7 +757,7 @@ class ResNetTrainer:
         if is_best:
             with replacing(self.run_dir / "best.pt") as file:
                 torch.save(state, file)
-        for name in ("model", "optimizer", "scheduler"):  # what training goes on from
+        for name in ("model", "optimizer", "scheduler"):  # last.pt: where training goes on
             state[f"last_{name}"] = getattr(self, name).state_dict()
         with replacing(self.run_dir / "history.csv") as path, open(path, "w", newline="") as file:
             csv.writer(file).writerows([self.history, *zip(*self.history.values(), strict=True)])
