@@ -728,10 +728,10 @@ class ResNetTrainer:
         started = time.perf_counter()
         optimizer, scheduler = self.optimizer, self.scheduler
         learning_rate, accumulate = optimizer.param_groups[0]["lr"], self.recipe.accumulate
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            # Order, augmentation and dropout follow from seed and epoch alone, so a resumed run
-            # need not know what was drawn before, and the caller's random numbers go on after it.
-            torch.manual_seed(self.recipe.seed * 1_000_003 + epoch)  # no two seeds' epochs meet
+        with torch.random.fork_rng(devices=[]):  # after it, the caller's random numbers go on
+            # Order and augmentation, drawn on the CPU, follow from seed and epoch alone, so a
+            # resumed run need not know what was drawn before. No two seeds' epochs meet.
+            torch.default_generator.manual_seed(self.recipe.seed * 1_000_003 + epoch)
             with fast_small_maps(self.model):
                 train = val = train_one_epoch(
                     model, train_loader, optimizer, scheduler, self.precision, accumulate

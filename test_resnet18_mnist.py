@@ -506,6 +506,15 @@ def test_resumed_equals_uninterrupted_and_leaves_rng_alone(tmp_path, kind):
     assert_equal_runs(whole, go_on(tmp_path / "parts", 4, resume=half))
 
 
+def test_training_seeds_no_device_of_the_callers(monkeypatch):
+    model, seeded = linear_model(), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    monkeypatch.setattr(torch.xpu, "manual_seed_all", seeded.append)
+    monkeypatch.setattr(torch.mps, "manual_seed", seeded.append)
+    train(model, epochs=1)
+    assert seeded == []
+
+
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
