@@ -806,8 +806,9 @@ def classification_report(results: dict) -> str:
     """
     matrix = confusion_matrix(results)
     hits, images, predicted = matrix.diag(), matrix.sum(dim=1), matrix.sum(dim=0)
+    # Precision, recall and F1 are the hits over these three; F1's is the mean of the others.
     relevant = torch.stack([predicted, images, (images + predicted) / 2], dim=1)
-    scores = 100 * hits[:, None] / relevant.clamp(min=1)  # (digits, 3): precision, recall, F1
+    scores = 100 * hits[:, None] / relevant.clamp(min=1)  # (digits, 3)
     line = "{:<9}{:10.2f}{:10.2f}{:10.2f}{:10,}".format
     lines = ["digit     precision    recall        F1    images"]
     for digit, row in enumerate(scores):
@@ -966,7 +967,7 @@ def list_layers(model: nn.Module, image: Tensor) -> list[Layer]:
             flops = 2 * module.weight.numel() * y[0, 0].numel()
         if isinstance(module, nn.Conv2d):
             # A weight is dead if it meets padding at every position of the kernel, as eight of
-            # nine do on a 1×1 map.
+            # nine do on a 1×1 map. Here pixels are 1, and padding 0.
             window = (module.kernel_size, module.dilation, module.padding, module.stride)
             live = F.unfold(torch.ones_like(inputs[0][:, :1]), *window).amax(dim=2).mean().item()
         if isinstance(module, nn.BatchNorm2d):
@@ -1124,7 +1125,8 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
     parts = split_parts(ink > 0)
     sides = masks_to_boxes(parts).view(-1, 2, 2).diff(dim=1)[:, 0] + 1  # (N, 2): width, height
     # What fills most of its box, and is neither a 1 nor a dot, is a sheet: look again without what
-    # is around it. What touches the edge is the digit, cut out tightly, only if nothing else is.
+    # is around it. What touches the edge is left out, unless no other part could be the digit:
+    # then this one was cut out tightly.
     short, long = sides[0].aminmax()
     is_sheet = parts[0].sum() > 0.7 * short * long and 2 * short > long > max(inside.shape) / 4
     others = split_parts(inside & ~parts[0]) if is_sheet else parts
@@ -1229,7 +1231,7 @@ def build_model(recipe: Recipe) -> nn.Module:
         model = build(input_channels=channels, stem=stem)
     for module in model.modules():
         if recipe.plain and hasattr(module, "downsample"):
-            del module.downsample  # a module, or None
+            del module.downsample  # else a module's name takes no function
             module.downsample = lambda x: 0  # what the block adds in place of a shortcut
     return model
 
