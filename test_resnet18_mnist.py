@@ -1009,6 +1009,18 @@ def test_neither_head_nor_ctrl_c_loses_a_file(tmp_path):
     assert load(tmp_path / "a stop" / "last.pt")["history"]["epoch"]
 
 
+def test_windows_gets_its_own_quotes_in_the_line_that_resumes(tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        monkeypatch.setattr(os, "name", "nt")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rm.ResNetTrainer, "train", stop)
+    assert run(tmp_path / "a run", "--device=cpu") == 130
+    monkeypatch.undo()  # pytest needs the real name
+    command = f'"--resume={tmp_path / "a run"}" --data-dir=data --device=cpu'
+    assert command in capsys.readouterr().err
+
+
 def test_mistakes_get_one_line_and_exit_code_2(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("text.pt").write_bytes(b"no checkpoint")
