@@ -1124,9 +1124,8 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
         return ink
     parts = split_parts(ink > 0)
     sides = masks_to_boxes(parts).view(-1, 2, 2).diff(dim=1)[:, 0] + 1  # (N, 2): width, height
-    # What fills most of its box, and is neither a 1 nor a dot, is a sheet: look again without what
-    # is around it. What touches the edge is left out, unless no other part could be the digit:
-    # then this one was cut out tightly.
+    # What fills most of its box, and is no 1 and no dot, is a sheet: look again inside it. What
+    # touches the edge is left out, unless nothing else is found: then it was cut out tightly.
     short, long = sides[0].aminmax()
     is_sheet = parts[0].sum() > 0.7 * short * long and 2 * short > long > max(inside.shape) / 4
     others = split_parts(inside & ~parts[0]) if is_sheet else parts
@@ -1134,9 +1133,14 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
     if not is_sheet and (4 * sides[~touches] >= sides.max()).any():
         return ink * parts[~touches].any(dim=0)
     again = find_digit(colors, inside & ~near(others[touches].any(dim=0), 4))
-    if is_sheet or again.any() or 4 * sides.max() < max(inside.shape):
+    tight = parts.any(dim=0)
+    edges = [tight[:3], tight[-3:], tight[:, :3], tight[:, -3:]]
+    top, bottom, left, right = [bool(edge.any()) for edge in edges]
+    # A shadow covers a whole side or a corner, and leaves an opposite side free.
+    is_shadow = sum([top, bottom, left, right]) > 1 and (top != bottom or left != right)
+    if is_sheet or is_shadow or again.any() or not inside.all():
         return again
-    return ink * parts.any(dim=0)
+    return ink * tight
 
 
 def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
@@ -1198,7 +1202,6 @@ def plot_readings(read: dict[str, tuple], probabilities: Tensor) -> Figure:
 # What a ResNet is compared with, and the weights that training can start from.
 
 import pickle
-import zipfile
 
 from torchvision import models
 
@@ -1242,7 +1245,7 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
         try:
             return dict(torch.load(path, map_location="cpu", weights_only=True))
         except pickle.UnpicklingError as error:
-            if not zipfile.is_zipfile(path):
+            if "Unsupported global" not in str(error):
                 raise
             what = "holds Python objects, which are not run; save a state_dict() instead"
             raise UserError(f"{path} {what}") from error
@@ -1382,9 +1385,10 @@ def command_train(args: argparse.Namespace, changes: dict) -> None:
     for part in filter(None, recipe.freeze.split(",")):
         with explaining(f"cannot freeze {part!r}"):
             model.get_submodule(part).requires_grad_(False)
+    trainer = ResNetTrainer(model, device, recipe)
     name = f"{recipe.model}-{recipe.input}-{recipe.dataset}"
     run_dir = None if RANK else run_dir or claim_run_dir(args.output_dir, name)
-    trainer = ResNetTrainer(model, device, recipe, run_dir)
+    trainer.run_dir = run_dir
     sizes = [f"{len(loader.labels):,}" for loader in (data.train, data.val, data.test)]
     parameters = sum(p.numel() for p in model.parameters())
     threads = torch.get_num_threads()  # which the last bits of a result depend on
