@@ -1135,9 +1135,9 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
     again = find_digit(colors, inside & ~near(others[touches].any(dim=0), 4))
     tight = parts.any(dim=0)
     edges = [tight[:3], tight[-3:], tight[:, :3], tight[:, -3:]]
-    top, bottom, left, right = [bool(edge.any()) for edge in edges]
-    # A shadow covers a whole side or a corner, and leaves an opposite side free.
-    is_shadow = sum([top, bottom, left, right]) > 1 and (top != bottom or left != right)
+    corners = tight[[0, 0, -1, -1], [0, -1, 0, -1]]
+    # A shadow covers a corner of the picture, or two, and leaves a side free.
+    is_shadow = corners.any() and not all(edge.any() for edge in edges)
     if is_sheet or is_shadow or again.any() or not inside.all():
         return again
     return ink * tight
