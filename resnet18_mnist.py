@@ -294,7 +294,7 @@ def explaining(message: str) -> Iterator[None]:
         raise  # already explained
     except Exception as error:
         words = str(error).strip() or type(error).__name__
-        raise UserError(f"{message}: {words.splitlines()[0]}") from error
+        raise UserError(f"{message}: {words.splitlines()[0].rstrip(':')}") from error
 
 
 def look_up(table: dict[str, Any], name: str, what: str) -> Any:
@@ -800,7 +800,7 @@ def confusion_matrix(results: dict) -> Tensor:
 
 
 def classification_report(results: dict) -> str:
-    """Return precision, recall and F1 (%) of each digit, and the confusion matrix, as text.
+    """Return precision, recall and F1 (%) of each digit, as text.
 
     The macro average counts each digit once, the weighted one each image.
     """
@@ -815,9 +815,6 @@ def classification_report(results: dict) -> str:
         lines.append(line(digit, *row, images[digit]))
     lines.append(line("macro", *scores.mean(dim=0), images.sum()))
     lines.append(line("weighted", *(images / images.sum() @ scores), images.sum()))
-    lines += ["", "true   predicted " + "".join(f"{digit:6}" for digit in range(len(matrix)))]
-    for digit, counts in enumerate(matrix.tolist()):
-        lines.append(f"{digit:4}{'':13}" + "".join(f"{count:6}" for count in counts))
     return "\n".join(lines)
 
 
@@ -1055,24 +1052,11 @@ def mnist_or_synthetic(data_dir: str | Path) -> str:
         return "mnist"
     except UserError as error:
         folder = Path(data_dir)
-        if [*folder.glob("*-ubyte*"), *folder.glob("MNIST/raw/*-ubyte*")]:
-            raise
+        found = [*folder.glob("*-ubyte*"), *folder.glob("MNIST/**/*-ubyte*")]
+        if found:
+            raise UserError(f"{error}; found: {found[0]}") from error
         print(f"WARNING: {error}.\nGoing on with SYNTHETIC digits.", file=sys.stderr)
         return "synthetic"
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """Open any picture, upright, in RGB, at most 128 pixels on its longer side, or UserError."""
-    with explaining(f"{path} cannot be read as an image"):
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-        if picture.mode[0] in "IF":  # which Pillow would cut off at 255
-            raise ValueError("it has more than 8 bits per channel")
-        picture = picture.convert("RGBA")
-    picture.thumbnail((128, 128))
-    # What is transparent becomes gray, on which both black and white ink can be seen.
-    ground = Image.new("RGBA", picture.size, "gray")
-    return Image.alpha_composite(ground, picture).convert("RGB")
 
 
 def near(mask: Tensor, reach: int = 2) -> Tensor:
@@ -1124,9 +1108,13 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
         return ink
     parts = split_parts(ink > 0)
     sides = masks_to_boxes(parts).view(-1, 2, 2).diff(dim=1)[:, 0] + 1  # (N, 2): width, height
-    # What fills most of its box, and is no 1 and no dot, is a sheet: look again inside it. What
-    # touches the edge is left out, unless nothing else is found: then it was cut out tightly.
-    short, long = sides[0].aminmax()
+    # What fills most of a box, turned or not, and is no 1 and no dot, is a sheet: look again inside
+    # it. What touches the edge is left out, unless nothing else is found: it was cut out tightly.
+    turns = torch.exp(1j * torch.arange(0, math.pi / 2, 0.1))
+    turned = torch.complex(*parts[0].nonzero().T.float())[:, None] * turns  # (pixels, turns)
+    low, high = torch.view_as_real(turned).aminmax(dim=0)
+    boxes = high - low + 1  # (turns, 2)
+    short, long = boxes[boxes.prod(dim=1).argmin()].aminmax()
     is_sheet = parts[0].sum() > 0.7 * short * long and 2 * short > long > max(inside.shape) / 4
     others = split_parts(inside & ~parts[0]) if is_sheet else parts
     touches = (others & near(~inside)).flatten(1).any(dim=1)
@@ -1135,7 +1123,7 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
     again = find_digit(colors, inside & ~near(others[touches].any(dim=0), 4))
     tight = parts.any(dim=0)
     edges = [tight[:3], tight[-3:], tight[:, :3], tight[:, -3:]]
-    corners = tight[[0, 0, -1, -1], [0, -1, 0, -1]]
+    corners = tight[[0, -1]][:, [0, -1]]
     # A shadow covers a corner of the picture, or two, and leaves a side free.
     is_shadow = corners.any() and not all(edge.any() for edge in edges)
     if is_sheet or is_shadow or again.any() or not inside.all():
@@ -1145,7 +1133,14 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
 
 def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
     """Return a picture and, as MNIST would have it, its digit: (28, 28) uint8; or UserError."""
-    picture = open_image(path)
+    with explaining(f"{path} cannot be read as an image"):
+        picture = ImageOps.exif_transpose(Image.open(path))  # upright
+        if picture.mode[0] in "IF":  # which Pillow would cut off at 255
+            raise ValueError("it has more than 8 bits per channel")
+        picture = picture.convert("RGBA")
+    picture.thumbnail((128, 128))
+    ground = Image.new("RGBA", picture.size, "gray")  # which shows both black and white ink
+    picture = Image.alpha_composite(ground, picture).convert("RGB")
     pixels = TF.pil_to_tensor(picture.convert("L"))[0]
     if picture.size == (28, 28) and pixels.median() < 32 <= pixels.max():
         return picture, pixels  # as MNIST has it already
@@ -1161,8 +1156,7 @@ def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
     size = [max(1, round(20 * side / max(ink.shape))) for side in ink.shape]
     digit = TF.resize(ink[None], size, antialias=True)[0]  # (h, w), one of them 20
     digit = (255 * digit / digit.max()).round().byte()
-    places = torch.cartesian_prod(*map(torch.arange, digit.shape)).float()  # (h·w, 2)
-    corner = (13.5 - digit.flatten().float() @ places / digit.sum()).round().clamp(min=0)
+    corner = (13.5 - (digit > 127).nonzero().float().mean(dim=0)).round().clamp(min=0)
     top, left = torch.minimum(corner, 28 - torch.tensor(digit.shape)).int().tolist()
     return picture, TF.crop(digit[None], -top, -left, 28, 28)[0]  # which pads with 0
 
