@@ -21,7 +21,7 @@ Each section is a notebook cell that needs only the ones above it:
     8  Other nets    LeNet-5, plain networks, weights to start from
     9  Command line  train, evaluate, predict, describe
 
-Whoever stops after section 5, at line 779, has read how a ResNet is built and trained.
+Whoever stops after section 5, at line 780, has read how a ResNet is built and trained.
 
 Sources: He 2015a, Deep Residual Learning for Image Recognition, arXiv:1512.03385. He 2015b, Delving
 Deep into Rectifiers, arXiv:1502.01852. Ioffe 2015, Batch Normalization, arXiv:1502.03167. Goyal
@@ -255,20 +255,21 @@ class Recipe:
     val_size: int = setting(0, "training images held out for validation; 0: a twelfth")
     select_on: str = setting("val", "val, or test: choose the epoch on the test set (optimistic)")
     limit: int = setting(0, "number of training images; 0: all of them")
-    rotate: float = setting(10.0, "augmentation: maximum rotation, in degrees")
-    shift: float = setting(0.1, "augmentation: maximum shift, as a part of the side")
-    stretch: float = setting(0.0, "augmentation: maximum stretch and shear, as a part of the side")
+    rotate: float = setting(6.0, "augmentation: maximum rotation, in degrees")
+    shift: float = setting(0.05, "augmentation: maximum shift, as a part of the side")
+    stretch: float = setting(0.06, "augmentation: maximum stretch and shear, as a part of the side")
     # Training
     epochs: int = setting(10, "maximum number of passes over the training images", low=1)
     batch_size: int = setting(128, "images per batch, over all processes", low=2)
     accumulate: int = setting(1, "batches whose gradients make one update", low=1)
     optimizer: str = setting("sgd", "what turns gradients into updates: ")
-    lr: float = setting(0.01, "learning rate; for onecycle, the highest one")
+    lr: float = setting(0.05, "learning rate; for onecycle, the highest one")
     momentum: float = setting(0.9, "momentum of sgd and nesterov")
     weight_decay: float = setting(5e-4, "weight decay of all parameters")
     scheduler: str = setting("plateau", "what lowers the learning rate: ")
-    lr_factor: float = setting(0.3, "plateau, step: factor that lowers the learning rate")
-    lr_patience: int = setting(0, "plateau: epochs without a lower validation loss it tolerates")
+    lr_factor: float = setting(0.1, "plateau, step: factor that lowers the learning rate")
+    lr_patience: int = setting(2, "plateau: epochs without a lower validation loss it tolerates")
+    lr_threshold: float = setting(0.2, "plateau: share by which a loss must be lower to count")
     lr_step: int = setting(5, "step: epochs from one step to the next", low=1)
     patience: int = setting(5, "epochs without a lower validation loss that end a run", low=1)
     # Run
@@ -309,8 +310,7 @@ def look_up(table: dict[str, Any], name: str, what: str) -> Any:
 # MNIST is 55 MB of bytes, so it lives as uint8 tensors on the device that trains. A batch is an
 # index into them, then made float, augmented and normalized as a whole, in little time.
 
-# Channels, pixels per side, and the stem: "imagenet" makes gray28 the cheap input, at a 17th of the
-# FLOPs of rgb32, whose "cifar" stem keeps every pixel.
+# Channels, pixels per side, and stem: gray28's takes a 17th of the FLOPs, rgb32's keeps all pixels.
 INPUTS = {"gray28": (1, 28, "imagenet"), "rgb32": (3, 32, "cifar")}
 
 # Mean and standard deviation of the pixels of the training images, scaled to 0–1.
@@ -382,9 +382,8 @@ class TensorLoader:
     def __init__(self, images: Tensor, labels: Tensor, recipe: Recipe, train: bool = False):
         self.images, self.labels = images[:, None], labels
         self.recipe, self.train = recipe, train
-        self.batch_size = 250  # to evaluate; it has no effect on results, only on speed
-        if train:
-            self.batch_size = max(2, recipe.batch_size // WORLD_SIZE)
+        share = max(2, recipe.batch_size // WORLD_SIZE)  # of this process
+        self.batch_size = share if train else 250  # which has no effect on results, only on speed
 
     def to(self, device: torch.device | str) -> TensorLoader:
         """Move all images to ``device``, once."""
@@ -406,8 +405,7 @@ class TensorLoader:
         if self.train:  # drawn on the CPU, so that the numbers do not depend on the device
             order = torch.randperm(n)
             draws = 2 * torch.rand(2, n, 3).to(self.images.device) - 1
-            # All processes draw the same order. Each takes every WORLD_SIZE-th image of it, and all
-            # take equally many.
+            # All processes draw the same order; each takes its own part, and all equally many.
             order = order[RANK::WORLD_SIZE][: n // WORLD_SIZE]
         for index in order.to(self.images.device).split(self.batch_size)[: len(self)]:
             x = TF.resize(self.images[index], [size, size], antialias=False)
@@ -527,7 +525,8 @@ def train_one_epoch(
     device = next(model.parameters()).device
     # In this context convolutions compute in bfloat16, while weights stay float32.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    totals = torch.zeros(3, device=device)  # of loss, correct answers and images
+    totals = torch.zeros(2, device=device)  # of loss and correct answers
+    seen = 0
     looked = time.perf_counter()
     for step, (images, labels) in enumerate(loader, start=1):
         images, labels = images.to(device), labels.to(device)  # (N, C, H, W), (N,)
@@ -543,19 +542,19 @@ def train_one_epoch(
                 scheduler.step()
 
         correct = (logits.argmax(dim=1) == labels).sum()
-        count = torch.full_like(correct, len(labels))
-        totals += torch.stack([loss.detach() * count, correct, count])
+        totals += torch.stack([loss.detach() * len(labels), correct])
+        seen += len(labels)
         # To read a number is to wait until the device has computed it; each half second will do.
         if time.perf_counter() - looked > 0.5 or step == len(loader):
             looked = time.perf_counter()
-            mean_loss = (totals[0] / totals[2]).item()
+            mean_loss = totals[0].item() / seen
             if not math.isfinite(mean_loss):
                 raise UserError(f"the loss became {mean_loss} by step {step}: try a lower --lr")
             if sys.stdout and sys.stdout.isatty():  # a live line, which the next one overwrites
                 say(f"batch {step}/{len(loader)}  loss {mean_loss:.4f}\033[K", end="\r")
     if WORLD_SIZE > 1:
-        dist.all_reduce(totals)  # the sum over all processes
-    mean_loss, share, _ = (totals / totals[2]).tolist()
+        dist.all_reduce(totals)  # the sum over all processes, which see equally many images
+    mean_loss, share = (totals / (seen * WORLD_SIZE)).tolist()
     return {"loss": mean_loss, "accuracy": 100 * share}
 
 
@@ -594,7 +593,9 @@ OPTIMIZERS: dict[str, Callable] = {
 # How to make a scheduler of an optimizer o, n updates per epoch, and a recipe r. "plateau" steps
 # after each epoch, by its validation loss; all others step at every update.
 SCHEDULERS: dict[str, Callable] = {
-    "plateau": lambda o, n, r: ReduceLROnPlateau(o, "min", r.lr_factor, r.lr_patience, threshold=0),
+    "plateau": lambda o, n, r: ReduceLROnPlateau(
+        o, factor=r.lr_factor, patience=r.lr_patience, threshold=r.lr_threshold
+    ),
     "step": lambda o, n, r: StepLR(o, r.lr_step * n, r.lr_factor),
     "onecycle": lambda o, n, r: OneCycleLR(o, r.lr, r.epochs * n, cycle_momentum=False),
     "none": lambda o, n, r: ConstantLR(o, factor=1),
@@ -1290,16 +1291,17 @@ RUNS = Path("runs")
 # fmt: off
 RECIPES = {
     "plateau":   Recipe(),
-    "rgb32":     Recipe(input="rgb32", rotate=0, shift=0, scheduler="none", patience=99),
-    "adam":      Recipe(normalize="none", rotate=0, shift=0, optimizer="adam", lr=0.001,
+    "rgb32":     Recipe(input="rgb32", rotate=0, shift=0, stretch=0, lr=0.01, scheduler="none",
+                        patience=99),
+    "adam":      Recipe(normalize="none", rotate=0, shift=0, stretch=0, optimizer="adam", lr=0.001,
                         weight_decay=0, scheduler="none", patience=99),
-    "kaggle":    Recipe(dataset="kaggle", normalize="kaggle", val_size=4200, shift=0, epochs=15,
-                        batch_size=32, optimizer="adam", lr=0.01, weight_decay=0,
-                        scheduler="step", lr_step=5, lr_factor=0.05, patience=10),
-    "augmented": Recipe(optimizer="adam", lr=0.001, weight_decay=1e-4, scheduler="step",
-                        lr_step=7, lr_factor=0.1, patience=99),
-    "fast":      Recipe(rotate=6, shift=0.05, stretch=0.06, epochs=6, batch_size=256,
-                        optimizer="nesterov", lr=0.2, scheduler="onecycle", patience=99),
+    "kaggle":    Recipe(dataset="kaggle", normalize="kaggle", val_size=4200, rotate=10, shift=0,
+                        stretch=0, epochs=15, batch_size=32, optimizer="adam", lr=0.01,
+                        weight_decay=0, scheduler="step", lr_step=5, lr_factor=0.05, patience=10),
+    "augmented": Recipe(rotate=10, shift=0.1, stretch=0, optimizer="adam", lr=0.001,
+                        weight_decay=1e-4, scheduler="step", lr_step=7, lr_factor=0.1, patience=99),
+    "fast":      Recipe(epochs=6, batch_size=256, optimizer="nesterov", lr=0.2,
+                        scheduler="onecycle", patience=99),
     "best":      Recipe(stem="cifar", rotate=10, shift=0.08, stretch=0.1, epochs=12, batch_size=256,
                         optimizer="nesterov", lr=0.1, scheduler="onecycle", patience=99),
 }

@@ -58,7 +58,7 @@ rm.READERS["synthetic"] = lambda data_dir: DIGITS
 
 def small_loader(n=96, train=False, **settings):
     """Return a loader of the first n synthetic digits, without augmentation unless asked for."""
-    recipe = rm.Recipe(**{"batch_size": 32, "rotate": 0, "shift": 0, **settings})
+    recipe = rm.Recipe(**{"batch_size": 32, "rotate": 0, "shift": 0, "stretch": 0, **settings})
     loader = rm.TensorLoader(DIGITS[0][:n], DIGITS[1][:n], recipe, train)
     if not train:
         loader.batch_size = recipe.batch_size
@@ -228,7 +228,7 @@ def test_one_line_adds_an_entry_to_each_table(tmp_path, monkeypatch, no_pictures
     flags = "--recipe new --input gray20 --dataset mine --model small --epochs 2 --output-dir"
     assert rm.main([*flags.split(), str(tmp_path / "run")]) == 0
     last = load(tmp_path / "run" / "last.pt")
-    assert last["history"]["learning_rate"] == pytest.approx([0.01, 0.005])
+    assert last["history"]["learning_rate"] == pytest.approx([0.05, 0.025])
     assert "sum" in last["last_optimizer"]["state"][0]  # which is Adagrad's
     assert last["model"]["1.weight"].shape == (10, 400)
 
@@ -373,7 +373,8 @@ def test_devices_that_cannot_compute_are_named_or_passed_over(monkeypatch, capsy
 def test_overfits_few_images(kind, n, epochs):
     torch.manual_seed(0)
     model, loader = rm.build_model(rm.Recipe(input=kind)), small_loader(n, input=kind, batch_size=n)
-    rm.train_model(model, loader, device="cpu", epochs=epochs, scheduler="none", patience=99)
+    settings = {"epochs": epochs, "lr": 0.01, "scheduler": "none", "patience": 99}
+    rm.train_model(model, loader, device="cpu", **settings)
     assert rm.compute_accuracy(model, loader) == 100
 
 
@@ -434,15 +435,17 @@ def test_accumulated_batches_are_one_large_batch():
 
 
 def test_plateau_lowers_the_rate_and_patience_ends_the_run(monkeypatch, capsys):
-    losses, real = iter([1.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.4]), rm.evaluate
+    losses, real = iter([1.0, 0.5, 0.45, 0.7, 0.8, 0.9, 1.0, 0.4]), rm.evaluate
     monkeypatch.setattr(rm, "evaluate", lambda *a: {**real(*a), "loss": next(losses)})
-    settings = {"epochs": 7, "lr_patience": 1, "patience": 4, "lr_factor": 0.1}
+    settings = {"epochs": 8, "lr": 1.0, "lr_patience": 1, "lr_threshold": 0.2, "patience": 4}
     _, history = train(val_loader=small_loader(32), **settings)
-    assert history["val_loss"] == [1.0, 0.5, 0.6, 0.7, 0.8, 0.9]
-    assert history["learning_rate"] == pytest.approx([0.01, 0.01, 0.01, 0.01, 0.001, 0.001])
+    assert history["val_loss"] == [1.0, 0.5, 0.45, 0.7, 0.8, 0.9, 1.0]
+    # Epoch 3 is the best one, but its loss is not lower by a fifth.
+    assert history["learning_rate"] == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01])
     printed = capsys.readouterr().out
     assert printed.endswith("stopped early: no lower loss for 4 epochs\n")
-    assert [line.endswith("best") for line in printed.splitlines()[1:4]] == [True, True, False]
+    best = [line.endswith("best") for line in printed.splitlines()[1:5]]
+    assert best == [True, True, True, False]
 
 
 def test_schedules():
