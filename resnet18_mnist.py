@@ -1157,9 +1157,9 @@ def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
     size = [max(1, round(20 * side / max(ink.shape))) for side in ink.shape]
     digit = TF.resize(ink[None], size, antialias=True)[0]  # (h, w), one of them 20
     digit = (255 * digit / digit.max()).round().byte()
-    corner = (13.5 - (digit > 127).nonzero().float().mean(dim=0)).round().clamp(min=0)
-    top, left = torch.minimum(corner, 28 - torch.tensor(digit.shape)).int().tolist()
-    return picture, TF.crop(digit[None], -top, -left, 28, 28)[0]  # which pads with 0
+    center = (digit > 127).nonzero().float().mean(dim=0)  # which goes to the middle, 13.5
+    corner = (13.5 - center).round().clamp(min=0).minimum(28 - torch.tensor(digit.shape))
+    return picture, TF.crop(digit[None], *(-corner).int().tolist(), 28, 28)[0]  # which pads with 0
 
 
 def find_images(names: list[str]) -> list[str]:
