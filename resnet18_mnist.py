@@ -39,7 +39,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -886,7 +886,7 @@ def plot_confusion_matrix(results: dict, title: str = "") -> Figure:
     return figure
 
 
-def plot_digits(images: Tensor, results: dict, chosen: list[int], title: str = "") -> Figure:
+def plot_digits(images: Tensor, results: dict, chosen: Sequence, title: str = "") -> Figure:
     """Draw up to 40 of the images (N, 1, S, S) by their numbers; wrong answers are vermilion."""
     rows = min(max(1, math.ceil(len(chosen) / 8)), 5)
     figure, axes = new_figure(rows, 8, 10, 1.65 * rows + 0.7, title)
