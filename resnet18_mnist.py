@@ -258,7 +258,7 @@ class Recipe:
     rotate: float = setting(6.0, "augmentation: maximum rotation, in degrees")
     shift: float = setting(0.05, "augmentation: maximum shift, as a part of the side")
     stretch: float = setting(0.06, "augmentation: maximum stretch and shear, as a part of the side")
-    # Training; the learning rates are chosen for ten epochs of ResNet-18 or 34
+    # Training; the learning rates are chosen for ten epochs of ResNet-18
     epochs: int = setting(10, "maximum number of passes over the training images", low=1)
     batch_size: int = setting(128, "images per batch, over all processes", low=2)
     accumulate: int = setting(1, "batches whose gradients make one update", low=1)
@@ -1111,7 +1111,7 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
     sides = masks_to_boxes(parts).view(-1, 2, 2).diff(dim=1)[:, 0] + 1  # (N, 2): width, height
     # What fills most of a box, turned or not, and is no 1 and no dot, is a sheet: look again inside
     # it. What touches the edge is left out, unless nothing else is found: it was cut out tightly.
-    turns = torch.exp(1j * torch.arange(0, math.pi / 2, 0.1))  # they turn complex numbers
+    turns = torch.exp(1j * torch.arange(0, math.pi / 2, 0.1))  # times row + i·column
     turned = torch.complex(*parts[0].nonzero().T.float())[:, None] * turns  # (pixels, turns)
     low, high = torch.view_as_real(turned).aminmax(dim=0)
     boxes = high - low + 1  # (turns, 2)
