@@ -21,7 +21,7 @@ Each section is a notebook cell that needs only the ones above it:
     8  Other nets    LeNet-5, plain networks, weights to start from
     9  Command line  train, evaluate, predict, describe
 
-Whoever stops after section 5, at line 780, has read how a ResNet is built and trained.
+Whoever stops after section 5, at line 781, has read how a ResNet is built and trained.
 
 Sources: He 2015a, Deep Residual Learning for Image Recognition, arXiv:1512.03385. He 2015b, Delving
 Deep into Rectifiers, arXiv:1502.01852. Ioffe 2015, Batch Normalization, arXiv:1502.03167. Goyal
@@ -58,7 +58,7 @@ from torchvision.transforms.v2 import functional as TF
 # A plain network asks a stack of layers for a mapping H(x). A residual network asks it only for
 # the difference from its input, F(x) = H(x) - x, and adds x back: y = F(x) + x (He 2015a, eq. 1).
 # Where the identity is nearly right, small weights are enough, so a deeper network need not train
-# worse than a shallower one, as plain networks do (fig. 1). Layers have torchvision's names and
+# worse than a shallower one; deep plain networks do (fig. 1). Layers have torchvision's names and
 # order, so that state dicts are interchangeable.
 
 
@@ -91,7 +91,7 @@ class BasicBlock(nn.Module):
         residual = self.relu(self.bn1(self.conv1(x)))
         residual = self.bn2(self.conv2(residual))
         shortcut = x if self.downsample is None else self.downsample(x)
-        # The last ReLU comes after the sum; before it, the residual could only add.
+        # The last ReLU comes after the sum: if it came before, the residual could only add.
         return self.relu(residual + shortcut)
 
 
@@ -113,8 +113,8 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.conv1 = conv1x1(inplanes, planes)
         self.bn1 = nn.BatchNorm2d(planes)
-        # The paper's network strides in the first 1×1, which skips three pixels of four; the 3×3
-        # reads all of them (Goyal 2017, 5.1).
+        # The stride is on the 3×3, which reads all pixels; in the paper it is on the first 1×1,
+        # which skips three of four (Goyal 2017, 5.1).
         self.conv2 = conv3x3(planes, planes, stride)
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv3 = conv1x1(planes, planes * self.expansion)
@@ -157,7 +157,7 @@ class ResNet(nn.Module):
         self.layer4 = self._make_layer(block, 512, layers[3], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(512 * block.expansion, num_classes)
-        for module in self.modules():  # batch norms start at weight 1 and bias 0 by themselves
+        for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 # A variance of 2/fan-out keeps gradients the same size through ReLUs (He 2015b).
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -250,7 +250,7 @@ class Recipe:
     weights: str = setting("", "weights to start from: imagenet, or a file")
     freeze: str = setting("", "parts that keep their weights, as in conv1,bn1,layer1")
     # Data
-    dataset: str = setting("mnist", "data to read; without this flag, synthetic if need be: ")
+    dataset: str = setting("mnist", "data; if not named, synthetic where MNIST is missing: ")
     normalize: str = setting("mnist", "data set whose mean and deviation normalize the pixels: ")
     val_size: int = setting(0, "training images held out for validation; 0: a twelfth")
     select_on: str = setting("val", "val, or test: choose the epoch on the test set (optimistic)")
@@ -258,7 +258,7 @@ class Recipe:
     rotate: float = setting(6.0, "augmentation: maximum rotation, in degrees")
     shift: float = setting(0.05, "augmentation: maximum shift, as a part of the side")
     stretch: float = setting(0.06, "augmentation: maximum stretch and shear, as a part of the side")
-    # Training; the learning rates are chosen for ten epochs of ResNet-18
+    # Training; the defaults are chosen for ten epochs of ResNet-18
     epochs: int = setting(10, "maximum number of passes over the training images", low=1)
     batch_size: int = setting(128, "images per batch, over all processes", low=2)
     accumulate: int = setting(1, "batches whose gradients make one update", low=1)
@@ -269,6 +269,7 @@ class Recipe:
     scheduler: str = setting("plateau", "what lowers the learning rate: ")
     lr_factor: float = setting(0.1, "plateau, step: factor that lowers the learning rate")
     lr_patience: int = setting(2, "plateau: epochs without a lower validation loss it tolerates")
+    # Late in a run most epochs are a little better, which alone should not keep the rate high.
     lr_threshold: float = setting(0.2, "plateau: share by which a loss must be lower to count")
     lr_step: int = setting(5, "step: epochs from one step to the next", low=1)
     patience: int = setting(5, "epochs without a lower validation loss that end a run", low=1)
@@ -307,10 +308,10 @@ def look_up(table: dict[str, Any], name: str, what: str) -> Any:
 
 # %% 3. Data
 #
-# MNIST is 55 MB of bytes, so it lives as uint8 tensors on the device that trains. A batch is an
-# index into them, then made float, augmented and normalized as a whole, in little time.
+# MNIST is 55 MB of bytes, so it lives as uint8 tensors on the device that trains. A batch is taken
+# by an index, then made float, augmented and normalized as a whole, in little time.
 
-# Channels, pixels per side, and stem: gray28's takes a 17th of the FLOPs, rgb32's keeps all pixels.
+# Channels, pixels per side, and the stem of "auto". With its own, gray28 takes a 17th of the FLOPs.
 INPUTS = {"gray28": (1, 28, "imagenet"), "rgb32": (3, 32, "cifar")}
 
 # Mean and standard deviation of the pixels of the training images, scaled to 0–1.
@@ -331,7 +332,7 @@ def read_mnist(data_dir: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                 datasets.MNIST(aside, download=True)
                 with contextlib.suppress(OSError):  # the other program was faster
                     Path(aside, "MNIST").rename(folder)
-        train = datasets.MNIST(data_dir, train=True, download=True)
+        train = datasets.MNIST(data_dir, train=True, download=True)  # what a folder lacks
         test = datasets.MNIST(data_dir, train=False)
         for part in (train, test):
             if part.data.shape != (len(part.targets), 28, 28) or part.targets.max() > 9:
@@ -382,8 +383,8 @@ class TensorLoader:
     def __init__(self, images: Tensor, labels: Tensor, recipe: Recipe, train: bool = False):
         self.images, self.labels = images[:, None], labels
         self.recipe, self.train = recipe, train
-        share = max(2, recipe.batch_size // WORLD_SIZE)  # of this process
-        self.batch_size = share if train else 250  # which has no effect on results, only on speed
+        share = max(2, recipe.batch_size // WORLD_SIZE)  # of this process; two, see __len__()
+        self.batch_size = share if train else 250  # which in evaluation affects only the speed
 
     def to(self, device: torch.device | str) -> TensorLoader:
         """Move all images to ``device``, once."""
@@ -392,27 +393,27 @@ class TensorLoader:
 
     def __len__(self) -> int:
         n = len(self.labels)
-        if self.train:  # without a last batch of one: batch norm on a 1×1 map needs two images
+        if self.train:  # rounded up, this drops a last batch of one, too few for batch norm
             n = n // WORLD_SIZE - 1
         return math.ceil(n / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         n = len(self.labels)
-        recipe = self.recipe
-        channels, size, _ = look_up(INPUTS, recipe.input, "input")
-        mean, std = look_up(STATISTICS, recipe.normalize, "normalize")
+        channels, size, _ = look_up(INPUTS, self.recipe.input, "input")
+        mean, std = look_up(STATISTICS, self.recipe.normalize, "normalize")
         order = torch.arange(n)
         if self.train:  # drawn on the CPU, so that the numbers do not depend on the device
             order = torch.randperm(n)
             draws = 2 * torch.rand(2, n, 3).to(self.images.device) - 1
-            # All processes draw the same order; each takes its own part, and all equally many.
+            # All processes draw the same order; each takes a part of its own, of the same size.
             order = order[RANK::WORLD_SIZE][: n // WORLD_SIZE]
-        for index in order.to(self.images.device).split(self.batch_size)[: len(self)]:
+        batches = order.to(self.images.device).split(self.batch_size)
+        for index in batches[: len(self)]:
             x = TF.resize(self.images[index], [size, size], antialias=False)
             x = x.float() / 255  # (B, 1, S, S)
-            if self.train and (recipe.rotate or recipe.shift or recipe.stretch):
+            if self.train and (self.recipe.rotate or self.recipe.shift or self.recipe.stretch):
                 # Before pixels are normalized: what moves in from outside is 0, the ground.
-                x = distort(x, draws[:, index], recipe)
+                x = distort(x, draws[:, index], self.recipe)
             x = (x - mean) / std
             yield x.expand(-1, channels, -1, -1), self.labels[index]
 
@@ -438,43 +439,43 @@ class MNISTDataLoader:
             raise UserError("too few images to train on or to select on: see --limit, --val-size")
 
     def get_data_loaders(self) -> tuple[TensorLoader, TensorLoader]:
-        """Return (train, test); to choose epochs by, use .val."""
+        """Return (train, test). Choose epochs by .val, not by test."""
         return self.train, self.test
 
 
 # %% 4. Device
 #
-# bfloat16 keeps the exponent of float32 in half the bytes. Hardware that multiplies it is faster,
-# and unlike in float16 small gradients do not vanish. Its numbers have three digits; weights stay
-# float32.
+# bfloat16 keeps the exponent of float32 in half the bytes. Hardware with units for it is faster,
+# and unlike in float16 small gradients do not vanish. Its numbers have two to three digits; weights
+# stay float32.
 
 
 def pick_device(name: str | torch.device | None = None) -> torch.device:
     """Return the named device ("cpu", "cuda:1", "mps", "xpu"), or the best. Raises UserError."""
+    if name:
+        with explaining(f"there is no device {name} here"):
+            device = torch.device(name)
+            card = torch.cuda.get_device_name(device) if device.type == "cuda" else name
+        # Only computing tells: this PyTorch may lack kernels for an old or a new card.
+        with explaining(f"this PyTorch cannot compute on {card}; --device cpu works"):
+            (torch.ones(1, device=device) + 1).item()
+        return device
     backends = {"cuda": torch.cuda, "mps": torch.backends.mps, "xpu": torch.xpu}
-    present = [device for device, backend in backends.items() if backend.is_available()]
-    for candidate in [name] if name else present:
-        try:
-            with explaining(f"there is no device {candidate} here"):
-                device = torch.device(candidate)
-                card = torch.cuda.get_device_name(device) if device.type == "cuda" else device
-            # Only computing tells: this PyTorch may lack kernels for an old or a new card.
-            with explaining(f"this PyTorch cannot compute on {card}; --device cpu works"):
-                (torch.ones(1, device=device) + 1).item()
-            return device
-        except UserError as error:
-            if name:
-                raise
-            print(f"WARNING: {error}", file=sys.stderr)
+    for candidate, backend in backends.items():
+        if backend.is_available():
+            try:
+                return pick_device(candidate)
+            except UserError as error:
+                print(f"WARNING: {error}", file=sys.stderr)
     return torch.device("cpu")
 
 
 def pick_precision(name: str, device: torch.device) -> str:
     """Turn "auto" into "bf16" where the hardware is known to compute it, or else into "fp32"."""
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.11 and newer have it
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # empty before PyTorch 2.11
     fast = device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere, 2020, or newer
     choices = {"auto": "bf16" if fast else "fp32", "fp32": "fp32", "bf16": "bf16"}
     return look_up(choices, name, "precision")
 
@@ -482,7 +483,7 @@ def pick_precision(name: str, device: torch.device) -> str:
 def init_distributed(device: torch.device) -> torch.device:
     """Join the other processes of torchrun, if there are any; return this one's device.
 
-    Each trains on its share of every batch, whose statistics its batch norms use.
+    Each trains on its share of every batch, and its batch norms see that share only.
     DistributedDataParallel averages the gradients, so all processes take the same steps.
     """
     if WORLD_SIZE > 1:
@@ -533,12 +534,12 @@ def train_one_epoch(
         with autocast:
             logits = model(images)  # (N, 10)
             loss = F.cross_entropy(logits, labels)
-        # Gradients add up to their mean; what is left over at the end makes a smaller step.
+        # Gradients add up to their mean; if fewer are left at the end, the step is smaller.
         (loss / accumulate).backward()
         if step % accumulate == 0 or step == len(loader):
             optimizer.step()
             optimizer.zero_grad()
-            if scheduler and not isinstance(scheduler, ReduceLROnPlateau):  # that steps per epoch
+            if scheduler and not isinstance(scheduler, ReduceLROnPlateau):  # once an epoch
                 scheduler.step()
 
         correct = (logits.argmax(dim=1) == labels).sum()
@@ -580,8 +581,8 @@ def evaluate(model: nn.Module, loader, precision: str = "fp32") -> dict[str, Any
     }
 
 
-# How to make an optimizer of parameter groups p, which hold learning rate and weight decay, and a
-# recipe r.
+# How to make an optimizer from parameter groups p, which already hold learning rate and weight
+# decay, and a recipe r.
 OPTIMIZERS: dict[str, Callable] = {
     "sgd": lambda p, r: torch.optim.SGD(p, momentum=r.momentum),
     "nesterov": lambda p, r: torch.optim.SGD(p, momentum=r.momentum, nesterov=True),
@@ -590,7 +591,7 @@ OPTIMIZERS: dict[str, Callable] = {
     "rmsprop": lambda p, r: torch.optim.RMSprop(p),
 }
 
-# How to make a scheduler of an optimizer o, n updates per epoch, and a recipe r. "plateau" steps
+# How to make a scheduler from an optimizer o, n updates per epoch, and a recipe r. "plateau" steps
 # after each epoch, by its validation loss; all others step at every update.
 SCHEDULERS: dict[str, Callable] = {
     "plateau": lambda o, n, r: ReduceLROnPlateau(
@@ -607,14 +608,15 @@ def fast_small_maps(model: nn.Module) -> Iterator[None]:
     """In this context, train 3×3 convolutions faster where their output is a single position.
 
     On a 1×1 map, or with stride 2 on 2×2, most of the nine taps meet padding only. Without them
-    the same sum is a matrix product. In float32, a step of ResNet-18 on gray28 takes half as long.
+    the same sum is a matrix product, which halves a step of gray28 (ResNet-18, CPU, float32).
     """
 
     def forward(conv: nn.Conv2d, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
-        if max(height, width) > min(*conv.stride, 2):
+        side = max(height, width)
+        if side > 2 or (side == 2 and min(conv.stride) == 1):
             return nn.Conv2d.forward(conv, x)
-        # The center tap meets the first pixel, since padding is 1; those after it meet the rest.
+        # Since padding is 1, the center tap meets the first pixel; those after it meet the rest.
         taps = conv.weight[:, :, 1 : 1 + height, 1 : 1 + width]
         return F.linear(x.flatten(1), taps.flatten(1), conv.bias)[:, :, None, None]
 
@@ -661,9 +663,9 @@ def best_epoch(history: dict[str, list]) -> int:
 class ResNetTrainer:
     """Trains and tests a classifier; parameters with requires_grad=False stay as they are.
 
-    ``device`` None picks the best. The recipe's network, data and batch size are not used.
-    ``run_dir`` receives best.pt, last.pt and history.csv; None, as for all processes but the
-    first, writes nothing.
+    ``device`` None picks the best. Model and loaders are given; what the recipe says of them is
+    not used. ``run_dir`` receives best.pt, last.pt and history.csv; None, as for all processes but
+    the first, writes nothing.
     """
 
     def __init__(self, model: nn.Module, device=None, recipe: Recipe | None = None, run_dir=None):
@@ -702,9 +704,9 @@ class ResNetTrainer:
             with explaining("this cannot be resumed; the last.pt of a run can"):
                 for name in ("model", "optimizer", "scheduler"):
                     getattr(self, name).load_state_dict(resume[f"last_{name}"])
-                self.history, self.best_weights = resume["history"], resume["model"]  # see _save
+                self.history, self.best_weights = resume["history"], resume["model"]
         ddp_model = DistributedDataParallel(self.model) if WORLD_SIZE > 1 else self.model
-        self._save(is_best=False)  # a run killed in epoch 1 can be resumed, too
+        self._save()  # a run killed in epoch 1 can be resumed, too
         say(HEADER)
         history = self.history
         for epoch in range(len(history["epoch"]) + 1, recipe.epochs + 1):
@@ -715,32 +717,31 @@ class ResNetTrainer:
             for name, value in zip(COLUMNS, row, strict=True):
                 history[name].append(value)
             is_best = best_epoch(history) == epoch
-            if is_best:  # copied as they are in most files, not channels_last
+            if is_best:  # copied in the usual memory order, not in channels_last
                 for name, w in self.model.state_dict().items():
                     self.best_weights[name] = w.cpu().clone(memory_format=torch.contiguous_format)
-            self._save(is_best)
+            self._save()
             say(ROW.format(*row) + ("  best" if is_best else ""))
         self.model.load_state_dict(self.best_weights)
         self.model.eval()
         return history
 
-    def _run_epoch(self, epoch: int, model, train_loader, val_loader) -> list:
+    def _run_epoch(self, epoch: int, ddp_model, train_loader, val_loader) -> list:
         """Train for an epoch and validate; return the values of COLUMNS."""
         started = time.perf_counter()
         optimizer, scheduler = self.optimizer, self.scheduler
         learning_rate, accumulate = optimizer.param_groups[0]["lr"], self.recipe.accumulate
         with torch.random.fork_rng(devices=[]):  # after it, the caller's random numbers go on
             # Order and augmentation, drawn on the CPU, follow from seed and epoch alone, so a
-            # resumed run need not know what was drawn before. No two seeds' epochs meet.
+            # resumed run need not know what was drawn before. Devices' generators are left alone.
             torch.default_generator.manual_seed(self.recipe.seed * 1_000_003 + epoch)
             with fast_small_maps(self.model):
-                train = val = train_one_epoch(
-                    model, train_loader, optimizer, scheduler, self.precision, accumulate
+                train = train_one_epoch(
+                    ddp_model, train_loader, optimizer, scheduler, self.precision, accumulate
                 )
-            if val_loader is not None:
-                # Each process validates on all images, with the first one's batch-norm statistics,
-                # which DDP hands out; so all of them decide alike.
-                val = evaluate(model, val_loader, self.precision)
+            # Each process validates on all images, with the first one's batch-norm statistics,
+            # which DDP hands out; so all of them decide alike.
+            val = train if val_loader is None else evaluate(ddp_model, val_loader, self.precision)
         if not math.isfinite(val["loss"]):
             raise UserError(f"the validation loss became {val['loss']}: try a lower --lr")
         if isinstance(scheduler, ReduceLROnPlateau):
@@ -749,19 +750,19 @@ class ResNetTrainer:
         losses = [train["loss"], train["accuracy"], val["loss"], val["accuracy"]]
         return [epoch, *losses, learning_rate, seconds]
 
-    def _save(self, is_best: bool) -> None:
+    def _save(self) -> None:
         """Write best.pt, history.csv and last.pt; a kill in between costs a repeat of the epoch."""
         if not self.run_dir:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
         state = {"recipe": asdict(self.recipe), "history": self.history, "model": self.best_weights}
-        if is_best:
+        if self.best_weights:
             with replacing(self.run_dir / "best.pt") as file:
                 torch.save(state, file)
-        for name in ("model", "optimizer", "scheduler"):  # last.pt: where training goes on
+        for name in ("model", "optimizer", "scheduler"):  # where training goes on
             state[f"last_{name}"] = getattr(self, name).state_dict()
         with replacing(self.run_dir / "history.csv") as path, open(path, "w", newline="") as file:
-            csv.writer(file).writerows([self.history, *zip(*self.history.values(), strict=True)])
+            csv.writer(file).writerows([COLUMNS, *zip(*self.history.values(), strict=True)])
         with replacing(self.run_dir / "last.pt") as file:
             torch.save(state, file)
 
