@@ -1112,9 +1112,9 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
     sides = masks_to_boxes(parts).view(-1, 2, 2).diff(dim=1)[:, 0] + 1  # (N, 2): width, height
     # What fills most of a box, turned or not, and is no 1 and no dot, is a sheet: look again inside
     # it. What touches the edge is left out, unless nothing else is found: it was cut out tightly.
-    turns = torch.exp(1j * torch.arange(0, math.pi / 2, 0.1))  # times row + i·column
-    turned = torch.complex(*parts[0].nonzero().T.float())[:, None] * turns  # (pixels, turns)
-    low, high = torch.view_as_real(turned).aminmax(dim=0)
+    angles = torch.arange(0, math.pi / 2, 0.1)
+    turns = torch.stack([angles.cos(), -angles.sin(), angles.sin(), angles.cos()], 1).view(-1, 2, 2)
+    low, high = (parts[0].nonzero().float() @ turns).aminmax(dim=1)  # of (turns, pixels, 2)
     boxes = high - low + 1  # (turns, 2)
     short, long = boxes[boxes.prod(dim=1).argmin()].aminmax()
     is_sheet = parts[0].sum() > 0.7 * short * long and 2 * short > long > max(inside.shape) / 4
