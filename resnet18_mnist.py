@@ -250,7 +250,7 @@ class Recipe:
     weights: str = setting("", "weights to start from: imagenet, or a file")
     freeze: str = setting("", "parts that keep their weights, as in conv1,bn1,layer1")
     # Data
-    dataset: str = setting("mnist", "data; if not named, synthetic where MNIST is missing: ")
+    dataset: str = setting("mnist", "digits (if you name none and MNIST is missing, synthetic): ")
     normalize: str = setting("mnist", "data set whose mean and deviation normalize the pixels: ")
     val_size: int = setting(0, "training images held out for validation; 0: a twelfth")
     select_on: str = setting("val", "val, or test: choose the epoch on the test set (optimistic)")
