@@ -21,7 +21,7 @@ Each section is a notebook cell that needs only the ones above it:
     8  Other nets    LeNet-5, plain networks, weights to start from
     9  Command line  train, evaluate, predict, describe
 
-Whoever stops after section 5, at line 781, has read how a ResNet is built and trained.
+Whoever stops after section 5, at line 783, has read how a ResNet is built and trained.
 
 Sources: He 2015a, Deep Residual Learning for Image Recognition, arXiv:1512.03385. He 2015b, Delving
 Deep into Rectifiers, arXiv:1502.01852. Ioffe 2015, Batch Normalization, arXiv:1502.03167. Goyal
@@ -696,6 +696,8 @@ class ResNetTrainer:
         group = {"params": trainable, "lr": recipe.lr, "weight_decay": recipe.weight_decay}
         updates = math.ceil(len(train_loader) / recipe.accumulate)
         with explaining("this recipe cannot be followed"):
+            if not trainable:
+                raise ValueError("all parameters are frozen")
             self.optimizer = look_up(OPTIMIZERS, recipe.optimizer, "optimizer")([group], recipe)
             schedule = look_up(SCHEDULERS, recipe.scheduler, "scheduler")
             self.scheduler = schedule(self.optimizer, updates, recipe)
@@ -792,10 +794,11 @@ from matplotlib.figure import Figure
 from torch.nn.modules.module import register_module_forward_hook
 
 BLUE, VERMILION = "#0072B2", "#D55E00"  # which color-blind eyes can tell apart (Okabe and Ito)
+BARE = {"xticks": [], "yticks": [], "frame_on": False}  # the look of axes that show an image
 
 
 def confusion_matrix(results: dict) -> Tensor:
-    """Return how often each digit (row) was read as each digit (column), from evaluate()."""
+    """Count in evaluate()'s results how often each digit (row) was read as each (column)."""
     classes = results["probabilities"].shape[1]
     pairs = results["labels"] * classes + results["predictions"]
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
@@ -808,37 +811,23 @@ def classification_report(results: dict) -> str:
     """
     matrix = confusion_matrix(results)
     hits, images, predicted = matrix.diag(), matrix.sum(dim=1), matrix.sum(dim=0)
-    # Precision, recall and F1 are the hits over these three; F1's is the mean of the others.
-    relevant = torch.stack([predicted, images, (images + predicted) / 2], dim=1)
-    scores = 100 * hits[:, None] / relevant.clamp(min=1)  # (digits, 3)
-    line = "{:<9}{:10.2f}{:10.2f}{:10.2f}{:10,}".format
+    # Hits over what was predicted are precision, over what is there recall, over their mean F1.
+    counts = torch.stack([predicted, images, (images + predicted) / 2], dim=1)
+    scores = 100 * hits[:, None] / counts.clamp(min=1)  # (digits, 3)
+    line = "{:<9}{:10.2f}{:10.2f}{:10.2f}{:10,}"
     lines = ["digit     precision    recall        F1    images"]
     for digit, row in enumerate(scores):
-        lines.append(line(digit, *row, images[digit]))
-    lines.append(line("macro", *scores.mean(dim=0), images.sum()))
-    lines.append(line("weighted", *(images / images.sum() @ scores), images.sum()))
+        lines.append(line.format(digit, *row, images[digit]))
+    lines.append(line.format("macro", *scores.mean(dim=0), images.sum()))
+    lines.append(line.format("weighted", *(images / images.sum() @ scores), images.sum()))
     return "\n".join(lines)
 
 
-def make_report(recipe: Recipe, history: dict[str, list], results: dict) -> str:
-    """Return how the network of the best epoch does: text of 80 columns."""
-    lines = [f"{recipe.model}, {recipe.input}, dataset {recipe.dataset}, seed {recipe.seed}"]
-    epoch = best_epoch(history)
-    by = "validation set" if recipe.select_on == "val" else "TEST SET, which is optimistic"
-    loss, accuracy = history["val_loss"][epoch - 1], history["val_accuracy"][epoch - 1]
-    lines.append(f"epoch {epoch}, selected on the {by}: loss {loss:.4f}, {accuracy:.2f} %")
-    correct = (results["predictions"] == results["labels"]).sum()
-    counts = f"{correct:,} of {len(results['labels']):,} {recipe.dataset} images"
-    tested = "validation" if recipe.dataset == "kaggle" else "test"  # its test has no labels
-    scores = f"{tested} loss {results['loss']:.4f}, {tested} accuracy {results['accuracy']:.2f} %"
-    return "\n".join([*lines, f"{scores} ({counts})", "", classification_report(results), ""])
-
-
-def new_figure(rows: int, columns: int, width: float, height: float, title: str = ""):
+def new_figure(rows: int, columns: int, width: float, height: float, title: str = "", **look):
     """Return a figure of width × height inches with a title, and its axes (rows, columns)."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, parse_math=False)
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure, figure.subplots(rows, columns, squeeze=False, subplot_kw=look)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -852,7 +841,7 @@ def plot_curves(history: dict[str, list], title: str = "") -> Figure:
     epochs = history["epoch"]
     rates = history["learning_rate"]
     best = best_epoch(history)
-    drops = [e for e in range(1, len(rates)) if rates[e] < rates[e - 1]]
+    drops = [epoch for epoch in epochs[:-1] if rates[epoch] < rates[epoch - 1]]  # after epoch
     if len(drops) > len(rates) / 2:
         drops = []  # a rate that falls all the time, as onecycle's
     figure, axes = new_figure(1, 2, 11, 4.2, title)
@@ -877,9 +866,10 @@ def plot_curves(history: dict[str, list], title: str = "") -> Figure:
 def plot_confusion_matrix(results: dict, title: str = "") -> Figure:
     """Draw the counts of true against predicted digits."""
     matrix = confusion_matrix(results)
-    shade = matrix.float().log1p()  # mistakes are a thousandth of the diagonal
-    figure, ((axis,),) = new_figure(1, 1, 6.4, 6.8, title)
-    axis.imshow(shade.numpy(), cmap="Blues", vmax=2 * shade.max())  # black text stays legible
+    shade = matrix.float().log1p()  # logarithms: mistakes are a thousandth of the diagonal
+    figure, axes = new_figure(1, 1, 6.4, 6.8, title)
+    axis = axes[0, 0]
+    axis.imshow(shade.numpy(), cmap="Blues", vmax=2 * shade.max())  # pale, to keep text legible
     for true, predicted in matrix.nonzero().tolist():
         axis.text(predicted, true, f"{matrix[true, predicted]:,}", ha="center", va="center")
     digits = range(len(matrix))
@@ -888,11 +878,9 @@ def plot_confusion_matrix(results: dict, title: str = "") -> Figure:
 
 
 def plot_digits(images: Tensor, results: dict, chosen: Sequence, title: str = "") -> Figure:
-    """Draw up to 40 of the images (N, 1, S, S) by their numbers; wrong answers are vermilion."""
+    """Draw up to 40 images (N, 1, S, S), those numbered ``chosen``; wrong answers are vermilion."""
     rows = min(max(1, math.ceil(len(chosen) / 8)), 5)
-    figure, axes = new_figure(rows, 8, 10, 1.65 * rows + 0.7, title)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[], frame_on=False)
+    figure, axes = new_figure(rows, 8, 10, 1.65 * rows + 0.7, title, **BARE)
     for axis, number in zip(axes.flat, chosen, strict=False):
         label, prediction = results["labels"][number], results["predictions"][number]
         axis.imshow(images[number, 0].numpy(), cmap="gray")
@@ -903,16 +891,15 @@ def plot_digits(images: Tensor, results: dict, chosen: Sequence, title: str = ""
 
 
 @torch.no_grad()
-def plot_feature_maps(model: Any, image: Tensor, title: str = "") -> Figure:
+def plot_feature_maps(model: ResNet, image: Tensor, title: str = "") -> Figure:
     """Draw an image (1, C, S, S) and the first channels of each part's output."""
-    maps = {"input": image, **copy.deepcopy(model).eval().get_feature_maps(image)}
+    model = copy.deepcopy(model).eval()  # a copy, since eval() would change the caller's
+    maps = {"input": image, **model.get_feature_maps(image)}
     del maps["pooled"]  # a vector
-    figure, axes = new_figure(len(maps), 10, 10, 1.25 * len(maps), title)
+    figure, axes = new_figure(len(maps), 10, 10, 1.25 * len(maps), title, **BARE)
     for row, (name, features) in zip(axes, maps.items(), strict=True):
         channels = features[0].float().cpu().numpy()
         colors = "gray" if name == "input" else "viridis"
-        for axis in row:
-            axis.set(xticks=[], yticks=[], frame_on=False)
         for axis, channel in zip(row, channels, strict=False):
             # One scale per row, so that its channels can be compared.
             axis.imshow(channel, cmap=colors, vmin=channels.min(), vmax=channels.max())
@@ -923,21 +910,21 @@ def plot_feature_maps(model: Any, image: Tensor, title: str = "") -> Figure:
 def visualize_results(model, loader, results: dict, history: dict, run_dir, title="") -> None:
     """Save a run's pictures. Raises UserError if evaluate()'s results are not of this loader."""
     folder = Path(run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     batches = list(loader)
     images = torch.cat([batch[:, :1].cpu() for batch, _ in batches])
     labels = torch.cat([batch.cpu() for _, batch in batches])
     if not torch.equal(labels, results["labels"]):
         raise UserError("the results are of other images than the loader's, or in another order")
-    wrong = (labels != results["predictions"]).nonzero().flatten()
-    confidence = results["probabilities"].amax(dim=1)
-    surest = wrong[confidence[wrong].argsort(descending=True)]
+    surest = results["probabilities"].amax(dim=1).argsort(descending=True).tolist()
+    wrong = [number for number in surest if labels[number] != results["predictions"][number]]
     first = f"{title}\nthe first images"
     right = f"{title}\n{results['accuracy']:.2f} % of {len(labels):,} images right"
     mistakes = f"{title}\nthe most confident of {len(wrong)} mistakes"
     save_figure(plot_curves(history, title), folder / "curves.png")
     save_figure(plot_confusion_matrix(results, right), folder / "confusion_matrix.png")
     save_figure(plot_digits(images, results, range(len(labels)), first), folder / "predictions.png")
-    save_figure(plot_digits(images, results, surest.tolist(), mistakes), folder / "mistakes.png")
+    save_figure(plot_digits(images, results, wrong, mistakes), folder / "mistakes.png")
     if hasattr(model, "get_feature_maps"):
         image = batches[0][0][:1].to(next(model.parameters()).device)
         save_figure(plot_feature_maps(model, image, title), folder / "feature_maps.png")
@@ -965,8 +952,8 @@ def list_layers(model: nn.Module, image: Tensor) -> list[Layer]:
             # Each weight meets each position of the output once: a product and a sum.
             flops = 2 * module.weight.numel() * y[0, 0].numel()
         if isinstance(module, nn.Conv2d):
-            # A weight is dead if it meets padding at every position of the kernel, as eight of
-            # nine do on a 1×1 map. Here pixels are 1, and padding 0.
+            # A weight is dead if it meets padding at every position, as eight of nine do on a 1×1
+            # map. An image of ones, padded with zeros, shows which.
             window = (module.kernel_size, module.dilation, module.padding, module.stride)
             live = F.unfold(torch.ones_like(inputs[0][:, :1]), *window).amax(dim=2).mean().item()
         if isinstance(module, nn.BatchNorm2d):
@@ -977,27 +964,25 @@ def list_layers(model: nn.Module, image: Tensor) -> list[Layer]:
     return layers
 
 
-def visualize_model_architecture(model: nn.Module, image_size: int | None = None) -> None:
-    """Print the layers that an image of this size (default: 28 if gray, 32 if RGB) meets."""
+def visualize_model_architecture(model: nn.Module, image_size: int = 28) -> None:
+    """Print the layers that an image with sides of ``image_size`` pixels meets."""
     weight = next(w for w in model.parameters() if w.dim() == 4)  # of the first convolution
-    channels = weight.shape[1]
-    size = image_size or (28 if channels == 1 else 32)
-    shape = (channels, size, size)
+    shape = (weight.shape[1], image_size, image_size)
     layers = list_layers(model, weight.new_zeros(1, *shape))
     parameters = sum(layer.parameters for layer in layers)
     live = sum(layer.parameters * layer.live for layer in layers) / parameters
     total = Layer("total", "", parameters, sum(layer.flops for layer in layers), live)
-    print("layer                    output   parameters          FLOPs     live")
-    print(f"input                {'×'.join(map(str, shape)):>10}")
+    say("layer                    output   parameters          FLOPs     live")
+    say(f"input                {'×'.join(map(str, shape)):>10}")
     for layer in [*layers, total]:
-        print("{:21}{:>10}{:13,}{:15,}{:9.1%}".format(*layer))
-    print("FLOPs: one image forward, a multiply-add counted as two.")
-    print("live: share of the weights that can meet a pixel; the others meet only padding.")
+        say("{:21}{:>10}{:13,}{:15,}{:9.1%}".format(*layer))
+    say("FLOPs: one image forward, a multiply-add counted as two.")
+    say("live: share of the weights that can meet a pixel; the others meet only padding.")
 
 
 # %% 7. Other digits
 #
-# Digits from elsewhere, made what MNIST's are: uint8, 28×28, light ink on dark ground.
+# Digits from elsewhere, in MNIST's form: uint8, 28×28, light ink on dark ground.
 
 import glob
 import itertools
@@ -1010,7 +995,7 @@ from torchvision.ops import masks_to_boxes
 
 
 def draw_synthetic_digits(data_dir=None, train_size: int = 6000, test_size: int = 1000) -> tuple:
-    """Draw digits with matplotlib's fonts, always the same; return four tensors as read_mnist()."""
+    """Draw always the same digits, in matplotlib's fonts; return four tensors as read_mnist()."""
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
     paths = [path for path in sorted(folder.glob("DejaVu*")) if "Display" not in path.name]
     fonts = [ImageFont.truetype(path, size) for path in paths for size in range(32, 51, 3)]
@@ -1048,7 +1033,7 @@ READERS |= {"synthetic": draw_synthetic_digits, "kaggle": read_kaggle}
 
 
 def mnist_or_synthetic(data_dir: str | Path) -> str:
-    """Return "mnist", or "synthetic" where it cannot be had; but never pass over its files."""
+    """Return "mnist", or "synthetic" if it cannot be had; if files of it are there, UserError."""
     try:
         read_mnist(data_dir)
         return "mnist"
@@ -1165,12 +1150,13 @@ def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
 
 def find_images(names: list[str]) -> list[str]:
     """Return the named files; a folder stands for the images in it, and a wildcard is expanded."""
-    suffixes = tuple(Image.registered_extensions())
     found: list[str] = []
     for name in names:
         if Path(name).is_dir():
-            inside = sorted(map(str, Path(name).iterdir()))
-            found += [path for path in inside if path.lower().endswith(suffixes)]
+            files = sorted(Path(name).iterdir())
+            found += [str(f) for f in files if f.suffix.lower() in Image.registered_extensions()]
+        elif Path(name).exists():  # even one with [ or ] in its name
+            found.append(name)
         else:
             found += sorted(glob.glob(name)) or [name]
     return found
@@ -1183,7 +1169,7 @@ def plot_readings(read: dict[str, tuple], probabilities: Tensor) -> Figure:
     for row, (name, images), p in zip(axes, read.items(), probabilities.numpy(), strict=False):
         for axis, image in zip(row, images, strict=False):
             axis.imshow(np.asarray(image), cmap="gray")
-            axis.set(xticks=[], yticks=[], frame_on=False)
+            axis.set(**BARE)
         row[0].set_title(Path(name).name[-28:], fontsize=8, parse_math=False)
         row[1].set_title("as the network saw it", fontsize=8)
         bars = row[2].bar(range(len(p)), 100 * p, color="silver")
@@ -1206,7 +1192,7 @@ def lenet5(num_classes: int = 10, input_channels: int = 1, stem=None) -> nn.Sequ
     """LeNet-5 (LeCun 1998, II.B): (N, C, H, W) → (N, num_classes).
 
     Simpler than there: each map of C3 reads all maps of S2, subsampling has no weights, the tanh
-    no scale, and the output is linear. It has no ``stem``.
+    no scale, and the output is linear. ``stem`` is not used.
     """
     c1 = nn.Conv2d(input_channels, 6, 5, padding=2)  # (N, 6, 28, 28)
     s2 = nn.Sequential(nn.Tanh(), nn.AvgPool2d(2))  # (N, 6, 14, 14)
@@ -1230,13 +1216,13 @@ def build_model(recipe: Recipe) -> nn.Module:
         model = build(input_channels=channels, stem=stem)
     for module in model.modules():
         if recipe.plain and hasattr(module, "downsample"):
-            del module.downsample  # else a module's name takes no function
+            del module.downsample  # nn.Module lets no function take a module's place
             module.downsample = lambda x: 0  # what the block adds in place of a shortcut
     return model
 
 
 def read_tensors(path: str | Path) -> dict[str, Any]:
-    """Read onto the CPU what torch.save() wrote of tensors, and run no code in it; or UserError."""
+    """Load onto the CPU what torch.save() wrote, tensors only; run no code. Raises UserError."""
     with explaining(f"{path} cannot be read, or is damaged"):
         try:
             return dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -1266,7 +1252,7 @@ def load_weights(model: nn.Module, recipe: Recipe) -> None:
     with explaining(f"{recipe.weights} holds no state dict"):
         channels = target[first].shape[1]
         if first in state and state[first].shape[1] != channels:
-            # Then a gray image gets the answer that it got as RGB.
+            # A gray image then gets the same answer as its RGB copy.
             total = state[first].sum(dim=1, keepdim=True)
             state[first] = total.expand(-1, channels, -1, -1) / channels
         fits = {n: w for n, w in state.items() if n in target and w.shape == target[n].shape}
@@ -1282,9 +1268,7 @@ def load_weights(model: nn.Module, recipe: Recipe) -> None:
 
 import argparse
 import ctypes
-import shlex
 import shutil
-import subprocess
 
 RUNS = Path("runs")
 
@@ -1341,18 +1325,18 @@ def claim_run_dir(output_dir: str | None, name: str) -> Path:
     return folder
 
 
-def start_or_resume(args: argparse.Namespace, changes: dict) -> tuple[Recipe, dict, Path | None]:
-    """Return the recipe, and of a resumed run its last checkpoint and its folder."""
+def start_or_resume(args: argparse.Namespace) -> tuple[Recipe, dict, Path | None]:
+    """Return recipe, last checkpoint and folder of a resumed run; of a new one, the recipe."""
     if args.resume is None:
-        recipe = replace(RECIPES[args.recipe or "plateau"], **changes)
-        if recipe.dataset == "mnist" and "dataset" not in changes:
+        recipe = replace(RECIPES[args.recipe or "plateau"], **args.changes)
+        if recipe.dataset == "mnist" and "dataset" not in args.changes:
             recipe = replace(recipe, dataset=mnist_or_synthetic(args.data_dir))
         return recipe, {}, None
     path, checkpoint = load_checkpoint(args.resume, "last.pt")
-    recipe = replace(checkpoint["recipe"], **changes)
+    recipe = replace(checkpoint["recipe"], **args.changes)
     free = ["patience"] if recipe.scheduler == "onecycle" else ["patience", "epochs"]
-    if args.recipe or args.output_dir or changes.keys() - set(free):
-        raise UserError(f"a resumed run keeps its folder and its settings, except {free}")
+    if args.recipe or args.output_dir or args.changes.keys() - set(free):
+        raise UserError(f"a resumed run keeps its settings and folder, except {' and '.join(free)}")
     return recipe, checkpoint, path.parent
 
 
@@ -1360,7 +1344,19 @@ def report_run(trainer: ResNetTrainer, data: MNISTDataLoader, history: dict) -> 
     """Test the best epoch's network and report; write report and pictures if it has a folder."""
     recipe, run_dir = trainer.recipe, trainer.run_dir
     results = trainer.test(data.test.to(trainer.device))
-    report = make_report(recipe, history, results)
+    epoch = best_epoch(history)
+    loss, accuracy = history["val_loss"][epoch - 1], history["val_accuracy"][epoch - 1]
+    chosen_on = "validation set" if recipe.select_on == "val" else "TEST SET, which is optimistic"
+    # Where no test images have labels, as in Kaggle's data, .test is .val.
+    tested = "validation" if recipe.select_on == "val" and data.test is data.val else "test"
+    scores = f"{tested} loss {results['loss']:.4f}, {tested} accuracy {results['accuracy']:.2f} %"
+    correct = (results["predictions"] == results["labels"]).sum()
+    report = f"""{recipe.model}, {recipe.input}, dataset {recipe.dataset}, seed {recipe.seed}
+epoch {epoch}, selected on the {chosen_on}: loss {loss:.4f}, {accuracy:.2f} %
+{scores} ({correct:,} of {len(data.test.labels):,} images)
+
+{classification_report(results)}
+"""
     say(f"\n{report}")
     if run_dir:
         with replacing(run_dir / "report.txt") as file:
@@ -1370,10 +1366,10 @@ def report_run(trainer: ResNetTrainer, data: MNISTDataLoader, history: dict) -> 
         say(f"weights, history, report and pictures: {run_dir}")
 
 
-def command_train(args: argparse.Namespace, changes: dict) -> None:
+def command_train(args: argparse.Namespace) -> None:
     """Train a ResNet on MNIST, test it, and draw how it went."""
     device = init_distributed(pick_device(args.device))
-    recipe, checkpoint, run_dir = start_or_resume(args, changes)
+    recipe, checkpoint, run_dir = start_or_resume(args)
     data = MNISTDataLoader(args.data_dir, recipe)
     torch.manual_seed(recipe.seed)
     model = build_model(recipe)
@@ -1384,8 +1380,9 @@ def command_train(args: argparse.Namespace, changes: dict) -> None:
             model.get_submodule(part).requires_grad_(False)
     trainer = ResNetTrainer(model, device, recipe)
     name = f"{recipe.model}-{recipe.input}-{recipe.dataset}"
-    run_dir = None if RANK else run_dir or claim_run_dir(args.output_dir, name)
-    trainer.run_dir = run_dir
+    if RANK == 0:  # only the first process writes
+        trainer.run_dir = run_dir or claim_run_dir(args.output_dir, name)
+    run_dir = trainer.run_dir
     sizes = [f"{len(loader.labels):,}" for loader in (data.train, data.val, data.test)]
     parameters = sum(p.numel() for p in model.parameters())
     threads = torch.get_num_threads()  # which the last bits of a result depend on
@@ -1398,10 +1395,8 @@ def command_train(args: argparse.Namespace, changes: dict) -> None:
         report_run(trainer, data, history)
     except KeyboardInterrupt:
         if run_dir:
-            command = ["python", sys.argv[0], f"--resume={run_dir}"]
-            command += [f"--data-dir={args.data_dir}", f"--device={device}"]
-            join = subprocess.list2cmdline if os.name == "nt" else shlex.join
-            print(f"stopped; this goes on:  {join(command)}", file=sys.stderr)
+            flags = f'--resume "{run_dir}" --data-dir "{args.data_dir}" --device {device}'
+            print(f'stopped; this goes on:  python "{sys.argv[0]}" {flags}', file=sys.stderr)
         raise
     except Exception:
         if run_dir and not checkpoint and not (run_dir / "best.pt").exists():
@@ -1411,7 +1406,7 @@ def command_train(args: argparse.Namespace, changes: dict) -> None:
         dist.destroy_process_group()
 
 
-def command_evaluate(args: argparse.Namespace, changes: dict) -> None:
+def command_evaluate(args: argparse.Namespace) -> None:
     """Report how the best networks of runs do on the test set."""
     for run in args.runs or [None]:
         path, checkpoint, trainer = load_trainer(run, args.device)
@@ -1420,10 +1415,11 @@ def command_evaluate(args: argparse.Namespace, changes: dict) -> None:
         report_run(trainer, data, checkpoint["history"])
 
 
-def command_predict(args: argparse.Namespace, changes: dict) -> int:
+def command_predict(args: argparse.Namespace) -> int:
     """Read digits from image files, or label Kaggle's test.csv."""
-    if not args.images and not args.kaggle:
-        raise UserError("predict takes image files, or --kaggle and a test.csv")
+    names = find_images(args.images)
+    if not names and not args.kaggle:
+        raise UserError("predict takes image files, a folder of them, or --kaggle and a test.csv")
     path, _, trainer = load_trainer(args.checkpoint, args.device)
 
     def predict(images: Tensor) -> Tensor:
@@ -1439,10 +1435,10 @@ def command_predict(args: argparse.Namespace, changes: dict) -> int:
             np.savetxt(file, table, "%d", delimiter=",", header="ImageId,Label", comments="")
         say(f"labels of {len(labels):,} images: {solution}")
     code, read = 0, {}
-    for name in find_images(args.images):
+    for name in names:
         try:
             read[name] = read_image(name)
-        except UserError as error:  # which costs the others nothing
+        except UserError as error:  # the others are still read
             print(f"error: {error}", file=sys.stderr)
             code = 2
     if read:
@@ -1454,9 +1450,9 @@ def command_predict(args: argparse.Namespace, changes: dict) -> int:
     return code
 
 
-def command_describe(args: argparse.Namespace, changes: dict) -> None:
+def command_describe(args: argparse.Namespace) -> None:
     """Print each layer's output shape, parameters, FLOPs and share of live weights."""
-    recipe = Recipe(**changes)
+    recipe = Recipe(**args.changes)
     say(f"{recipe.model} for {recipe.input}")
     visualize_model_architecture(build_model(recipe), INPUTS[recipe.input][1])
 
@@ -1482,11 +1478,12 @@ def parse(command: str, arguments: list[str]) -> argparse.Namespace:
     # A network's layers follow from the first four settings.
     settings = {"train": fields(Recipe), "describe": fields(Recipe)[:4]}
     for entry in settings.get(command, ()):
-        name, kind = entry.name, type(entry.default)
-        if name in GROUPS:
+        name = entry.name
+        kind = type(entry.default)
+        if name in GROUPS:  # from here on, flags go into this group
             add = parser.add_argument_group(GROUPS[name]).add_argument
         help = entry.metadata["help"] + ", ".join(TABLES.get(name, ()))
-        if entry.default:
+        if kind is not bool and entry.default != "":
             help += f" (default: {entry.default})"
         how = {"type": kind, "choices": TABLES.get(name), "metavar": kind.__name__}
         if kind is bool:
@@ -1506,9 +1503,11 @@ def parse(command: str, arguments: list[str]) -> argparse.Namespace:
         add("--data-dir", default="data", metavar="DIR", help="where the data is (default: data)")
     if command != "describe":
         add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps or xpu (default: the best)")
-    args, unknown = parser.parse_known_args(arguments)
+    args, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
         raise UserError(f"{' '.join(unknown)} is unknown; --help shows what there is")
+    names = [entry.name for entry in fields(Recipe)]
+    args.changes = {name: value for name, value in vars(args).items() if name in names}
     return args
 
 
@@ -1526,15 +1525,14 @@ def main(arguments=()) -> int:
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
     try:
         args = parse(command, arguments)
-        changes = {s.name: getattr(args, s.name) for s in fields(Recipe) if hasattr(args, s.name)}
         keep_freed_memory()
-        return COMMANDS[command](args, changes) or 0
+        return COMMANDS[command](args) or 0
     except (UserError, OSError, argparse.ArgumentError) as error:
         print(f"error: {error}", file=sys.stderr)
     except RuntimeError as error:
         if "memory" not in str(error):
             raise
-        print("error: out of memory; a smaller --batch-size needs less", file=sys.stderr)
+        print("error: out of memory; to train, a smaller --batch-size needs less", file=sys.stderr)
     except KeyboardInterrupt:
         return 130
     return 2
