@@ -1065,7 +1065,7 @@ def split_parts(mask: Tensor) -> Tensor:
 def find_ink(colors: Tensor, inside: Tensor) -> Tensor:
     """Return the ink, (H, W) from 0 to 1, in colors (3, H, W) where ``inside`` (H, W) is True."""
     # Most of the border is paper, even around a digit that fills the picture. As light is uneven,
-    # paper is a smooth surface in each color, of second degree; ink is what differs from it.
+    # paper is, in each color, a smooth surface of second degree; ink is what differs from it.
     border = inside & near(~inside, min(inside.shape) // 20 + 1)
     paper = colors[:, border].median(dim=1).values[:, None, None]
     v, u = torch.meshgrid(*[torch.linspace(-1, 1, side) for side in inside.shape], indexing="ij")
@@ -1075,28 +1075,28 @@ def find_ink(colors: Tensor, inside: Tensor) -> Tensor:
         levels = difference[inside].sort().values
         mass, share = levels.cumsum(dim=0), torch.arange(1, len(levels) + 1) / len(levels)
         between = (mass[-1] * share - mass)[:-1] ** 2 / (share * (1 - share))[:-1]
-        threshold = levels[between.argmax()]  # Otsu 1979: the largest variance between the two
+        threshold = levels[between.argmax()]  # Otsu 1979: the variance between both is largest
         is_paper = inside & (difference <= threshold)
         fit = torch.linalg.lstsq(terms[is_paper], colors[:, is_paper].T, driver="gelsd")
         paper = (terms @ fit.solution).permute(2, 0, 1)
-    ink, rest = difference[inside & ~is_paper], difference[is_paper]
-    # Ink stands out by 8 levels, and by 8 spreads of the paper or by 2.3 of both, as soft edges
-    # widen the paper's. Blank pages reach 7 and 2.2.
-    spreads = [((x - x.mean()) ** 2).mean().sqrt() for x in (rest, ink)]
-    is_clear = ink.mean() - rest.mean() > max(8, min(8 * spreads[0], 2.3 * sum(spreads)))
-    strength = ((difference - threshold / 2) / (ink.mean() - threshold / 2)).clamp(0, 1)
+    on_paper, on_ink = difference[is_paper], difference[inside & ~is_paper]
+    # Ink stands out by 8 levels, and by 8 spreads of the paper or, since soft edges widen that one,
+    # by 2.3 times both spreads. Blank pages reach 7 and 2.2.
+    spreads = [((x - x.mean()) ** 2).mean().sqrt() for x in (on_paper, on_ink)]
+    is_clear = on_ink.mean() - on_paper.mean() > max(8, min(8 * spreads[0], 2.3 * sum(spreads)))
+    strength = ((difference - threshold / 2) / (on_ink.mean() - threshold / 2)).clamp(0, 1)
     return torch.where(inside & ~is_paper & is_clear, strength, 0.0)
 
 
 def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
-    """Return the digit's ink, (H, W) from 0 to 1, in colors (3, H, W) where ``inside`` is True."""
+    """Return find_ink()'s ink of the digit alone, without sheets, frames and shadows."""
     ink = find_ink(colors, inside) if inside.sum() >= 64 else torch.zeros(inside.shape)
     if not ink.any():
         return ink
     parts = split_parts(ink > 0)
     sides = masks_to_boxes(parts).view(-1, 2, 2).diff(dim=1)[:, 0] + 1  # (N, 2): width, height
     # What fills most of a box, turned or not, and is no 1 and no dot, is a sheet: look again inside
-    # it. What touches the edge is left out, unless nothing else is found: it was cut out tightly.
+    # it. What touches the edge is left out where anything else has a quarter of the largest side.
     angles = torch.arange(0, math.pi / 2, 0.1)
     turns = torch.stack([angles.cos(), -angles.sin(), angles.sin(), angles.cos()], 1).view(-1, 2, 2)
     low, high = (parts[0].nonzero().float() @ turns).aminmax(dim=1)  # of (turns, pixels, 2)
@@ -1108,21 +1108,21 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
     if not is_sheet and (4 * sides[~touches] >= sides.max()).any():
         return ink * parts[~touches].any(dim=0)
     again = find_digit(colors, inside & ~near(others[touches].any(dim=0), 4))
-    tight = parts.any(dim=0)
-    edges = [tight[:3], tight[-3:], tight[:, :3], tight[:, -3:]]
-    corners = tight[[0, -1]][:, [0, -1]]
-    # A shadow covers a corner of the picture, or two, and leaves a side free.
+    drawn = parts.any(dim=0)
+    edges = [drawn[:3], drawn[-3:], drawn[:, :3], drawn[:, -3:]]
+    corners = drawn[[0, -1]][:, [0, -1]]
+    # A shadow covers a corner of the picture, or two, and leaves a side free; a tight cut does not.
     is_shadow = corners.any() and not all(edge.any() for edge in edges)
     if is_sheet or is_shadow or again.any() or not inside.all():
         return again
-    return ink * tight
+    return ink * drawn
 
 
 def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
-    """Return a picture and, as MNIST would have it, its digit: (28, 28) uint8; or UserError."""
+    """Return a picture and its digit, (28, 28) uint8 in MNIST's form. Raises UserError."""
     with explaining(f"{path} cannot be read as an image"):
         picture = ImageOps.exif_transpose(Image.open(path))  # upright
-        if picture.mode[0] in "IF":  # which Pillow would cut off at 255
+        if picture.mode[0] in "IF":  # which convert() would cut off at 255
             raise ValueError("it has more than 8 bits per channel")
         picture = picture.convert("RGBA")
     picture.thumbnail((128, 128))
