@@ -21,7 +21,7 @@ Each section is a notebook cell that needs only the ones above it:
     8  Other nets    LeNet-5, plain networks, weights to start from
     9  Command line  train, evaluate, predict, describe
 
-Whoever stops after section 5, at line 783, has read how a ResNet is built and trained.
+Whoever stops after section 5, at line 785, has read how a ResNet is built and trained.
 
 Sources: He 2015a, Deep Residual Learning for Image Recognition, arXiv:1512.03385. He 2015b, Delving
 Deep into Rectifiers, arXiv:1502.01852. Ioffe 2015, Batch Normalization, arXiv:1502.03167. Goyal
@@ -32,6 +32,7 @@ Gray-Level Histograms. LeCun 1998, Gradient-Based Learning Applied to Document R
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import math
 import os
@@ -40,6 +41,7 @@ import tempfile
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -281,7 +283,8 @@ class Recipe:
         for entry in fields(self):
             value, low = getattr(self, entry.name), entry.metadata["low"]
             kind = type(entry.default)
-            if not isinstance(value, (int, float) if kind is float else kind):
+            # No other types, such as NumPy's: a checkpoint of them could not be read again.
+            if type(value) not in ((int, float) if kind is float else (kind,)):
                 raise UserError(f"{entry.name} must be {kind.__name__}, not {value!r:.50}")
             if kind in (int, float) and not low <= value <= 2**32:
                 raise UserError(f"{entry.name} is {value}, not from {low} to {2**32}")
@@ -429,11 +432,9 @@ class MNISTDataLoader:
         train, val = split_by_class(labels, val_size, recipe.seed)
         train = train[: recipe.limit or None]
         self.train = TensorLoader(images[train], labels[train], recipe, train=True)
-        self.val = TensorLoader(images[val], labels[val], recipe)
         self.test = TensorLoader(*test, recipe)
-        if on_test:
-            self.val = self.test
-        elif len(self.test) == 0:  # as in Kaggle's data
+        self.val = self.test if on_test else TensorLoader(images[val], labels[val], recipe)
+        if len(self.test) == 0:  # as in Kaggle's data
             self.test = self.val
         if len(self.train) == 0 or len(self.val) == 0:
             raise UserError("too few images to train on or to select on: see --limit, --val-size")
@@ -524,14 +525,15 @@ def train_one_epoch(
         if isinstance(layer, nn.BatchNorm2d) and layer.affine and not layer.weight.requires_grad:
             layer.eval()
     device = next(model.parameters()).device
-    # In this context convolutions compute in bfloat16, while weights stay float32.
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    # Under autocast convolutions compute in bfloat16, while weights stay float32.
+    context = nullcontext() if precision == "fp32" else torch.autocast(device.type, torch.bfloat16)
     totals = torch.zeros(2, device=device)  # of loss and correct answers
     seen = 0
     looked = time.perf_counter()
+    optimizer.zero_grad()  # of gradients that the caller may have computed
     for step, (images, labels) in enumerate(loader, start=1):
         images, labels = images.to(device), labels.to(device)  # (N, C, H, W), (N,)
-        with autocast:
+        with context:
             logits = model(images)  # (N, 10)
             loss = F.cross_entropy(logits, labels)
         # Gradients add up to their mean; if fewer are left at the end, the step is smaller.
@@ -564,10 +566,10 @@ def evaluate(model: nn.Module, loader, precision: str = "fp32") -> dict[str, Any
     """Return loss (nats), accuracy (%), predictions (N,), labels (N,), probabilities (N, 10)."""
     model.eval()
     device = next(model.parameters()).device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    context = nullcontext() if precision == "fp32" else torch.autocast(device.type, torch.bfloat16)
     outputs, targets = [], []
     for images, labels in loader:
-        with autocast:
+        with context:
             outputs.append(model(images.to(device)))
         targets.append(labels)
     logits, labels = torch.cat(outputs).float().cpu(), torch.cat(targets).cpu()
@@ -581,14 +583,15 @@ def evaluate(model: nn.Module, loader, precision: str = "fp32") -> dict[str, Any
     }
 
 
-# How to make an optimizer from parameter groups p, which already hold learning rate and weight
-# decay, and a recipe r.
+# How to make an optimizer from parameters p and a recipe r.
 OPTIMIZERS: dict[str, Callable] = {
-    "sgd": lambda p, r: torch.optim.SGD(p, momentum=r.momentum),
-    "nesterov": lambda p, r: torch.optim.SGD(p, momentum=r.momentum, nesterov=True),
-    "adam": lambda p, r: torch.optim.Adam(p),
-    "adamw": lambda p, r: torch.optim.AdamW(p),
-    "rmsprop": lambda p, r: torch.optim.RMSprop(p),
+    "sgd": lambda p, r: torch.optim.SGD(p, r.lr, r.momentum, weight_decay=r.weight_decay),
+    "nesterov": lambda p, r: torch.optim.SGD(
+        p, r.lr, r.momentum, weight_decay=r.weight_decay, nesterov=True
+    ),
+    "adam": lambda p, r: torch.optim.Adam(p, r.lr, weight_decay=r.weight_decay),
+    "adamw": lambda p, r: torch.optim.AdamW(p, r.lr, weight_decay=r.weight_decay),
+    "rmsprop": lambda p, r: torch.optim.RMSprop(p, r.lr, weight_decay=r.weight_decay),
 }
 
 # How to make a scheduler from an optimizer o, n updates per epoch, and a recipe r. "plateau" steps
@@ -630,7 +633,7 @@ def fast_small_maps(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            del layer.forward  # which brings back that of the class
+            vars(layer).pop("forward", None)  # which brings back that of the class
 
 
 @contextlib.contextmanager
@@ -651,7 +654,7 @@ def replacing(path: Path) -> Iterator[Path]:
 COLUMNS = ["epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy"]
 COLUMNS += ["learning_rate", "seconds"]
 HEADER = "epoch  train loss       %   val loss       %        lr       s"
-ROW = "{:5}{:12.4f}{:8.2f}{:11.4f}{:8.2f}{:10.2g}{:8.1f}"
+ROW = "{:5} {:11.4f} {:7.2f} {:10.4f} {:7.2f} {:9.2g} {:7.1f}"
 
 
 def best_epoch(history: dict[str, list]) -> int:
@@ -693,17 +696,16 @@ class ResNetTrainer:
             if isinstance(loader, TensorLoader):
                 loader.to(self.device)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        group = {"params": trainable, "lr": recipe.lr, "weight_decay": recipe.weight_decay}
         updates = math.ceil(len(train_loader) / recipe.accumulate)
         with explaining("this recipe cannot be followed"):
-            if not trainable:
-                raise ValueError("all parameters are frozen")
-            self.optimizer = look_up(OPTIMIZERS, recipe.optimizer, "optimizer")([group], recipe)
-            schedule = look_up(SCHEDULERS, recipe.scheduler, "scheduler")
-            self.scheduler = schedule(self.optimizer, updates, recipe)
+            make_optimizer = look_up(OPTIMIZERS, recipe.optimizer, "optimizer")
+            self.optimizer = make_optimizer(trainable, recipe)
+            make_scheduler = look_up(SCHEDULERS, recipe.scheduler, "scheduler")
+            self.scheduler = make_scheduler(self.optimizer, updates, recipe)
         self.history, self.best_weights = {name: [] for name in COLUMNS}, {}
         if resume:
             with explaining("this cannot be resumed; the last.pt of a run can"):
+                resume = copy.deepcopy(resume)  # else training changes the caller's
                 for name in ("model", "optimizer", "scheduler"):
                     getattr(self, name).load_state_dict(resume[f"last_{name}"])
                 self.history, self.best_weights = resume["history"], resume["model"]
@@ -778,8 +780,8 @@ def train_model(model: nn.Module, train_loader, val_loader=None, device=None, **
     return ResNetTrainer(model, device).train(train_loader, val_loader, **options)
 
 
-def compute_accuracy(model: nn.Module, loader, device="cpu") -> float:
-    """Return how many of the loader's images the model labels correctly, in %, in float32."""
+def compute_accuracy(model: nn.Module, loader, device=None) -> float:
+    """Return the accuracy in %, in float32, on ``device``, by default where the model is."""
     return evaluate(model.to(device), loader)["accuracy"]
 
 
@@ -787,7 +789,6 @@ def compute_accuracy(model: nn.Module, loader, device="cpu") -> float:
 #
 # Each plot_…() function returns a matplotlib figure, which a notebook shows.
 
-import copy
 from collections import namedtuple
 
 from matplotlib.figure import Figure
