@@ -481,16 +481,16 @@ def pick_precision(name: str, device: torch.device) -> str:
     return look_up(choices, name, "precision")
 
 
-def init_distributed(device: torch.device) -> torch.device:
+def init_distributed(name: str | None) -> torch.device:
     """Join the other processes of torchrun, if there are any; return this one's device.
 
     Each trains on its share of every batch, and its batch norms see that share only.
     DistributedDataParallel averages the gradients, so all processes take the same steps.
     """
+    if WORLD_SIZE > 1 and name != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # from here on, "cuda" is this GPU
+    device = pick_device(name)
     if WORLD_SIZE > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if RANK > 0:
         sys.stdout = None  # the first process speaks for all
@@ -1369,7 +1369,7 @@ epoch {epoch}, selected on the {chosen_on}: loss {loss:.4f}, {accuracy:.2f} %
 
 def command_train(args: argparse.Namespace) -> None:
     """Train a ResNet on MNIST, test it, and draw how it went."""
-    device = init_distributed(pick_device(args.device))
+    device = init_distributed(args.device)
     recipe, checkpoint, run_dir = start_or_resume(args)
     data = MNISTDataLoader(args.data_dir, recipe)
     torch.manual_seed(recipe.seed)
