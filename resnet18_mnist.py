@@ -89,7 +89,7 @@ class BasicBlock(nn.Module):
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return relu(F(x) + shortcut(x)); an identity shortcut passes the gradient unchanged."""
+        """Return relu(F(x) + shortcut(x)); an identity shortcut passes the sum's gradient on."""
         residual = self.relu(self.bn1(self.conv1(x)))
         residual = self.bn2(self.conv2(residual))
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -137,7 +137,7 @@ class ResNet(nn.Module):
     """A stem (first convolution and pool), four stages of blocks, a mean, a linear classifier.
 
     ``layers`` is the number of blocks in each stage. The stem "imagenet" shrinks each side to a
-    quarter; "cifar" keeps every pixel of a small image, as for CIFAR-10 (He 2015a, 4.2).
+    quarter, which is cheap; "cifar" keeps all pixels, as for CIFAR-10's 32×32 (He 2015a, 4.2).
     """
 
     def __init__(self, block, layers: list[int], num_classes=10, input_channels=1, stem="imagenet"):
@@ -314,7 +314,7 @@ def look_up(table: dict[str, Any], name: str, what: str) -> Any:
 # MNIST is 55 MB of bytes, so it lives as uint8 tensors on the device that trains. A batch is taken
 # by an index, then made float, augmented and normalized as a whole, in little time.
 
-# Channels, pixels per side, and the stem of "auto". With its own, gray28 takes a 17th of the FLOPs.
+# Channels, pixels per side, and the stem of "auto". gray28 takes a 17th of rgb32's FLOPs.
 INPUTS = {"gray28": (1, 28, "imagenet"), "rgb32": (3, 32, "cifar")}
 
 # Mean and standard deviation of the pixels of the training images, scaled to 0–1.
@@ -335,7 +335,7 @@ def read_mnist(data_dir: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                 datasets.MNIST(aside, download=True)
                 with contextlib.suppress(OSError):  # the other program was faster
                     Path(aside, "MNIST").rename(folder)
-        train = datasets.MNIST(data_dir, train=True, download=True)  # what a folder lacks
+        train = datasets.MNIST(data_dir, train=True, download=True)  # fetches what is missing
         test = datasets.MNIST(data_dir, train=False)
         for part in (train, test):
             if part.data.shape != (len(part.targets), 28, 28) or part.targets.max() > 9:
@@ -348,7 +348,7 @@ READERS: dict[str, Callable] = {"mnist": read_mnist}
 
 
 def split_by_class(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return shuffled indices (train, validation); each class has the same share in both."""
+    """Return shuffled indices (train, validation), split in the same ratio in each class."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     by_class = order[labels[order].argsort(stable=True)]
     held_out = torch.zeros(len(labels), dtype=torch.bool)
@@ -386,7 +386,7 @@ class TensorLoader:
     def __init__(self, images: Tensor, labels: Tensor, recipe: Recipe, train: bool = False):
         self.images, self.labels = images[:, None], labels
         self.recipe, self.train = recipe, train
-        share = max(2, recipe.batch_size // WORLD_SIZE)  # of this process; two, see __len__()
+        share = max(2, recipe.batch_size // WORLD_SIZE)  # of this process; 2 or more, see __len__()
         self.batch_size = share if train else 250  # which in evaluation affects only the speed
 
     def to(self, device: torch.device | str) -> TensorLoader:
@@ -396,7 +396,7 @@ class TensorLoader:
 
     def __len__(self) -> int:
         n = len(self.labels)
-        if self.train:  # rounded up, this drops a last batch of one, too few for batch norm
+        if self.train:  # the - 1 drops a last batch of one, too few for batch norm
             n = n // WORLD_SIZE - 1
         return math.ceil(n / self.batch_size)
 
@@ -541,7 +541,7 @@ def train_one_epoch(
         if step % accumulate == 0 or step == len(loader):
             optimizer.step()
             optimizer.zero_grad()
-            if scheduler and not isinstance(scheduler, ReduceLROnPlateau):  # once an epoch
+            if scheduler and not isinstance(scheduler, ReduceLROnPlateau):  # that one: per epoch
                 scheduler.step()
 
         correct = (logits.argmax(dim=1) == labels).sum()
@@ -611,7 +611,7 @@ def fast_small_maps(model: nn.Module) -> Iterator[None]:
     """In this context, train 3×3 convolutions faster where their output is a single position.
 
     On a 1×1 map, or with stride 2 on 2×2, most of the nine taps meet padding only. Without them
-    the same sum is a matrix product, which halves a step of gray28 (ResNet-18, CPU, float32).
+    the same sum is a matrix product, which halves a step's time (gray28, ResNet-18, CPU, float32).
     """
 
     def forward(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -708,7 +708,7 @@ class ResNetTrainer:
                 resume = copy.deepcopy(resume)  # else training changes the caller's
                 for name in ("model", "optimizer", "scheduler"):
                     getattr(self, name).load_state_dict(resume[f"last_{name}"])
-                self.history, self.best_weights = resume["history"], resume["model"]
+                self.history, self.best_weights = resume["history"], resume["model"]  # the best
         ddp_model = DistributedDataParallel(self.model) if WORLD_SIZE > 1 else self.model
         self._save()  # a run killed in epoch 1 can be resumed, too
         say(HEADER)
