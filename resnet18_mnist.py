@@ -408,7 +408,7 @@ class TensorLoader:
         if self.train:  # drawn on the CPU, so that the numbers do not depend on the device
             order = torch.randperm(n)
             draws = 2 * torch.rand(2, n, 3).to(self.images.device) - 1
-            # All processes draw the same order; each takes a part of its own, of the same size.
+            # All processes draw the same order; each takes a different part of the same size.
             order = order[RANK::WORLD_SIZE][: n // WORLD_SIZE]
         batches = order.to(self.images.device).split(self.batch_size)
         for index in batches[: len(self)]:

@@ -553,7 +553,7 @@ def test_progress_is_live_on_a_terminal_only(monkeypatch):
         assert len(re.findall(r"batch \d/3  loss [\d.]+\033\[K\r", lines)) == 3 * is_terminal
 
 
-# A process of its own for a command, but importing torch takes seconds: where the system can
+# Each command runs in a separate process, but importing torch takes seconds: where the system can
 # fork, these processes begin as copies of one that has imported it.
 PROCESSES = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
 PROCESSES.set_forkserver_preload(["torch", "torchvision", "matplotlib.figure"])
@@ -1003,20 +1003,22 @@ def test_a_start_that_fails_leaves_nothing(tmp_path, monkeypatch, capsys, no_pic
 @pytest.mark.skipif(os.name == "nt", reason="signals and pipes differ")
 def test_neither_head_nor_ctrl_c_loses_a_file(tmp_path):
     write_mnist(tmp_path / "data" / "MNIST" / "raw")
-    os.mkfifo(tmp_path / "head")
-    os.mkfifo(tmp_path / "stop")
+    for name in ("head", "layers", "stop"):
+        os.mkfifo(tmp_path / name)
     flags = ["--val-size=20", "--model=lenet5", "--patience=9999", "--device=cpu"]
     headed = start(tmp_path, *flags, "--output-dir=a", "--epochs=2", output="head")
-    with open(tmp_path / "head") as printed:
-        printed.readline()  # as `| head -1` does
+    described = start(tmp_path, "describe", output="layers")
+    for name in ("head", "layers"):
+        with open(tmp_path / name) as printed:
+            printed.readline()  # as `| head -1` does
     stopped = start(tmp_path, *flags, "--output-dir=a stop", "--epochs=9999", output="stop")
     with open(tmp_path / "stop") as printed:
         for line in printed:
             if line.startswith("    1"):
                 os.kill(stopped.pid, signal.SIGINT)
-    headed.join()
-    stopped.join()
-    assert (headed.exitcode, stopped.exitcode) == (0, 130)
+    for process, code in ((headed, 0), (described, 0), (stopped, 130)):
+        process.join()
+        assert process.exitcode == code
     assert (tmp_path / "a" / "mistakes.png").exists()
     said = (tmp_path / "stop-errors").read_text()
     assert said.startswith('stopped; this goes on:  python "')  # with quotes for every system
@@ -1072,7 +1074,7 @@ def test_help_fits_and_the_readme_names_every_flag(command, capsys, monkeypatch)
     assert [flag for flag in flags if flag not in README] == []
     if command == "train":
         assert len(flags) <= 35
-        assert "default: 0)" in printed  # of --seed
+        assert "augmentation (default: 0)" in " ".join(printed.split())  # even what is 0
         assert re.findall(r"(?m)^(\w+):$", printed)[-4:] == ["network", "data", "training", "run"]
 
 
@@ -1154,7 +1156,7 @@ SECTIONS = re.split(r"(?m)^(?=# %% )", SCRIPT.read_text(encoding="utf-8"))
 
 
 def execute(source: str, name: str, monkeypatch) -> dict:
-    """Run source as a module of its own, and return what it defines."""
+    """Run source as a separate module, and return what it defines."""
     module = types.ModuleType(name)
     monkeypatch.setitem(sys.modules, name, module)
     exec(compile(source, name, "exec"), module.__dict__)
