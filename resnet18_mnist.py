@@ -21,7 +21,7 @@ Each section is a notebook cell that needs only the ones above it:
     8  Other nets    LeNet-5, plain networks, weights to start from
     9  Command line  train, evaluate, predict, describe
 
-Whoever stops after section 5, at line 785, has read how a ResNet is built and trained.
+Whoever stops after section 5, at line 778, has read how a ResNet is built and trained.
 
 Sources: He 2015a, Deep Residual Learning for Image Recognition, arXiv:1512.03385. He 2015b, Delving
 Deep into Rectifiers, arXiv:1502.01852. Ioffe 2015, Batch Normalization, arXiv:1502.03167. Goyal
@@ -32,7 +32,6 @@ Gray-Level Histograms. LeCun 1998, Gradient-Based Learning Applied to Document R
 from __future__ import annotations
 
 import contextlib
-import copy
 import csv
 import math
 import os
@@ -283,8 +282,7 @@ class Recipe:
         for entry in fields(self):
             value, low = getattr(self, entry.name), entry.metadata["low"]
             kind = type(entry.default)
-            # No other types, such as NumPy's: a checkpoint of them could not be read again.
-            if type(value) not in ((int, float) if kind is float else (kind,)):
+            if type(value) not in (kind, int):  # an int will do for a float
                 raise UserError(f"{entry.name} must be {kind.__name__}, not {value!r:.50}")
             if kind in (int, float) and not low <= value <= 2**32:
                 raise UserError(f"{entry.name} is {value}, not from {low} to {2**32}")
@@ -616,8 +614,7 @@ def fast_small_maps(model: nn.Module) -> Iterator[None]:
 
     def forward(conv: nn.Conv2d, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
-        side = max(height, width)
-        if side > 2 or (side == 2 and min(conv.stride) == 1):
+        if max(height, width) > min(2, *conv.stride):  # the output has more than one position
             return nn.Conv2d.forward(conv, x)
         # Since padding is 1, the center tap meets the first pixel; those after it meet the rest.
         taps = conv.weight[:, :, 1 : 1 + height, 1 : 1 + width]
@@ -643,16 +640,13 @@ def replacing(path: Path) -> Iterator[Path]:
     with explaining(f"cannot write {path}"):
         try:
             yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())  # else a power cut may leave the new name on an empty file
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
 
 # What the history keeps of each epoch, and how it is printed.
-COLUMNS = ["epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy"]
-COLUMNS += ["learning_rate", "seconds"]
+COLUMNS = "epoch train_loss train_accuracy val_loss val_accuracy learning_rate seconds".split()
 HEADER = "epoch  train loss       %   val loss       %        lr       s"
 ROW = "{:5} {:11.4f} {:7.2f} {:10.4f} {:7.2f} {:9.2g} {:7.1f}"
 
@@ -705,7 +699,6 @@ class ResNetTrainer:
         self.history, self.best_weights = {name: [] for name in COLUMNS}, {}
         if resume:
             with explaining("this cannot be resumed; the last.pt of a run can"):
-                resume = copy.deepcopy(resume)  # else training changes the caller's
                 for name in ("model", "optimizer", "scheduler"):
                     getattr(self, name).load_state_dict(resume[f"last_{name}"])
                 self.history, self.best_weights = resume["history"], resume["model"]  # the best
@@ -789,6 +782,7 @@ def compute_accuracy(model: nn.Module, loader, device=None) -> float:
 #
 # Each plot_…() function returns a matplotlib figure, which a notebook shows.
 
+import copy
 from collections import namedtuple
 
 from matplotlib.figure import Figure
@@ -909,14 +903,12 @@ def plot_feature_maps(model: ResNet, image: Tensor, title: str = "") -> Figure:
 
 
 def visualize_results(model, loader, results: dict, history: dict, run_dir, title="") -> None:
-    """Save a run's pictures. Raises UserError if evaluate()'s results are not of this loader."""
+    """Save a run's pictures; ``results`` are evaluate()'s of this loader."""
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    batches = list(loader)
-    images = torch.cat([batch[:, :1].cpu() for batch, _ in batches])
-    labels = torch.cat([batch.cpu() for _, batch in batches])
-    if not torch.equal(labels, results["labels"]):
-        raise UserError("the results are of other images than the loader's, or in another order")
+    batches = [images for images, _ in loader]
+    images = torch.cat(batches)[:, :1].cpu()
+    labels = results["labels"]
     surest = results["probabilities"].amax(dim=1).argsort(descending=True).tolist()
     wrong = [number for number in surest if labels[number] != results["predictions"][number]]
     first = f"{title}\nthe first images"
@@ -927,7 +919,7 @@ def visualize_results(model, loader, results: dict, history: dict, run_dir, titl
     save_figure(plot_digits(images, results, range(len(labels)), first), folder / "predictions.png")
     save_figure(plot_digits(images, results, wrong, mistakes), folder / "mistakes.png")
     if hasattr(model, "get_feature_maps"):
-        image = batches[0][0][:1].to(next(model.parameters()).device)
+        image = batches[0][:1].to(next(model.parameters()).device)
         save_figure(plot_feature_maps(model, image, title), folder / "feature_maps.png")
 
 

@@ -206,8 +206,7 @@ def test_tools_for_models_work_before_and_after_training():
 # 2. Recipe
 
 WRONG = [{"lr": math.nan}, {"lr": "high"}, {"batch_size": 1}, {"seed": 2**70}, {"limit": 1}]
-WRONG += [{"val_size": 0.5}, {"val_size": 1200}, {"plain": 1}, {"select_on": "tset"}]
-WRONG += [{"lr": np.float64(0.1)}]
+WRONG += [{"val_size": 0.5}, {"val_size": 1200}, {"select_on": "tset"}]
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -519,16 +518,15 @@ def test_resumed_equals_uninterrupted_and_leaves_rng_alone(tmp_path, kind, monke
     whole = go_on(tmp_path / "whole", 4)
     half = go_on(tmp_path / "parts", 2)
     assert_equal_runs(whole, go_on(tmp_path / "parts", 4, resume=half))
-    assert half["history"]["epoch"] == [1, 2]  # what is resumed is not changed
     assert seeded == []
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-    def full(_):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
     (tmp_path / "file").write_bytes(b"old")
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "replace", full)
     full_disk = pytest.raises(rm.UserError, match=r"cannot write .*file: .*No space left")
     with full_disk, rm.replacing(tmp_path / "file") as file:
         file.write_bytes(b"new")
@@ -626,8 +624,6 @@ def test_pictures_take_their_classes_from_the_results(tmp_path):
     assert (tmp_path / "mistakes.png").exists()
     assert rm.confusion_matrix(results).shape == (26, 26)
     assert re.search(r"(?m)^25 +100.00", rm.classification_report(results))
-    with pytest.raises(rm.UserError, match="order"):
-        rm.visualize_results(linear_model(), small_loader(52), results, history, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
@@ -822,24 +818,15 @@ def test_several_figures_are_refused(margin):
 
 
 def test_a_digit_in_several_strokes_is_one():
-    def strokes(*lines, pen=18):  # each a list of points in a square of 100
-        drawn = Image.new("L", (300, 300), 255)
-        for line in lines:
-            points = [(3 * x, 3 * y) for x, y in line]
-            ImageDraw.Draw(drawn).line(points, 0, pen)
-            for x, y in points:
-                ImageDraw.Draw(drawn).circle((x, y), pen / 2, fill=0)
-        return drawn
-
-    bowl = [(32, 30), (30, 46), (55, 42), (74, 62), (60, 86), (25, 86)]
-    broken = strokes(bowl, [(36, 10), (74, 10)])
-    assert differ(read(strokes([(74, 10), (34, 10), *bowl])), read(broken)) < 8
-    seven = [(x, 10) for x in range(20, 90, 10)] + [(80 - y / 2, 10 + y) for y in range(0, 90, 10)]
-    dotted = strokes(*([dot] for dot in seven), pen=10)
-    digit = read(dotted)
-    places = digit.nonzero().float()
+    five, seven = write("5", 30), np.asarray(write("7", 30))
+    broken = five.copy()
+    ImageDraw.Draw(broken).rectangle((0, 55, five.width, 61), fill=255)
+    assert differ(read(broken), read(five)) < 8
+    down, right = np.indices(seven.shape)
+    dots = read(picture(np.where((down % 16 < 10) & (right % 16 < 10), seven, 255)))
+    places = dots.nonzero().float()
     assert (places.amax(dim=0) - places.amin(dim=0)).max() == 19
-    center = digit[digit > 0] @ places / digit.sum()
+    center = dots[dots > 0] @ places / dots.sum()
     assert center.tolist() == pytest.approx([13.5, 13.5], abs=0.6)
 
 
