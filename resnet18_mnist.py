@@ -21,7 +21,7 @@ Each section is a notebook cell that needs only the ones above it:
     8  Other nets    LeNet-5, plain networks, weights to start from
     9  Command line  train, evaluate, predict, describe
 
-Whoever stops after section 5, at line 778, has read how a ResNet is built and trained.
+Whoever stops after section 5, at line 779, has read how a ResNet is built and trained.
 
 Sources: He 2015a, Deep Residual Learning for Image Recognition, arXiv:1512.03385. He 2015b, Delving
 Deep into Rectifiers, arXiv:1502.01852. Ioffe 2015, Batch Normalization, arXiv:1502.03167. Goyal
@@ -31,7 +31,6 @@ Gray-Level Histograms. LeCun 1998, Gradient-Based Learning Applied to Document R
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import math
 import os
@@ -40,7 +39,7 @@ import tempfile
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -58,9 +57,9 @@ from torchvision.transforms.v2 import functional as TF
 #
 # A plain network asks a stack of layers for a mapping H(x). A residual network asks it only for
 # the difference from its input, F(x) = H(x) - x, and adds x back: y = F(x) + x (He 2015a, eq. 1).
-# Where the identity is nearly right, small weights are enough, so a deeper network need not train
-# worse than a shallower one; deep plain networks do (fig. 1). Layers have torchvision's names and
-# order, so that state dicts are interchangeable.
+# Where the identity is nearly right, small weights are enough. So more layers need not make the
+# training worse, as they do in plain networks (fig. 1). Layers have torchvision's names and order,
+# so that state dicts are interchangeable.
 
 
 def conv3x3(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
@@ -88,7 +87,7 @@ class BasicBlock(nn.Module):
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return relu(F(x) + shortcut(x)); an identity shortcut passes the sum's gradient on."""
+        """Return relu(F(x) + shortcut(x)); an identity shortcut passes gradients on unchanged."""
         residual = self.relu(self.bn1(self.conv1(x)))
         residual = self.bn2(self.conv2(residual))
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -251,7 +250,7 @@ class Recipe:
     weights: str = setting("", "weights to start from: imagenet, or a file")
     freeze: str = setting("", "parts that keep their weights, as in conv1,bn1,layer1")
     # Data
-    dataset: str = setting("mnist", "digits (if you name none and MNIST is missing, synthetic): ")
+    dataset: str = setting("mnist", "what to read; if not given and MNIST is missing, synthetic: ")
     normalize: str = setting("mnist", "data set whose mean and deviation normalize the pixels: ")
     val_size: int = setting(0, "training images held out for validation; 0: a twelfth")
     select_on: str = setting("val", "val, or test: choose the epoch on the test set (optimistic)")
@@ -270,7 +269,7 @@ class Recipe:
     scheduler: str = setting("plateau", "what lowers the learning rate: ")
     lr_factor: float = setting(0.1, "plateau, step: factor that lowers the learning rate")
     lr_patience: int = setting(2, "plateau: epochs without a lower validation loss it tolerates")
-    # Late in a run most epochs are a little better, which alone should not keep the rate high.
+    # Late epochs mostly bring tiny gains; these alone should not keep the rate high.
     lr_threshold: float = setting(0.2, "plateau: share by which a loss must be lower to count")
     lr_step: int = setting(5, "step: epochs from one step to the next", low=1)
     patience: int = setting(5, "epochs without a lower validation loss that end a run", low=1)
@@ -282,13 +281,14 @@ class Recipe:
         for entry in fields(self):
             value, low = getattr(self, entry.name), entry.metadata["low"]
             kind = type(entry.default)
-            if type(value) not in (kind, int):  # an int will do for a float
+            kinds = (int, float) if kind is float else (kind,)
+            if type(value) not in kinds:
                 raise UserError(f"{entry.name} must be {kind.__name__}, not {value!r:.50}")
             if kind in (int, float) and not low <= value <= 2**32:
                 raise UserError(f"{entry.name} is {value}, not from {low} to {2**32}")
 
 
-@contextlib.contextmanager
+@contextmanager
 def explaining(message: str) -> Iterator[None]:
     """Turn any error into a UserError: this message, and the first line of the error's own."""
     try:
@@ -297,7 +297,7 @@ def explaining(message: str) -> Iterator[None]:
         raise  # already explained
     except Exception as error:
         words = str(error).strip() or type(error).__name__
-        raise UserError(f"{message}: {words.splitlines()[0].rstrip(':')}") from error
+        raise UserError(f"{message}: {words.splitlines()[0]}") from error
 
 
 def look_up(table: dict[str, Any], name: str, what: str) -> Any:
@@ -331,7 +331,7 @@ def read_mnist(data_dir: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             Path(data_dir).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=data_dir) as aside:
                 datasets.MNIST(aside, download=True)
-                with contextlib.suppress(OSError):  # the other program was faster
+                with suppress(OSError):  # the other program was faster
                     Path(aside, "MNIST").rename(folder)
         train = datasets.MNIST(data_dir, train=True, download=True)  # fetches what is missing
         test = datasets.MNIST(data_dir, train=False)
@@ -360,9 +360,9 @@ def distort(images: Tensor, draws: Tensor, recipe: Recipe) -> Tensor:
     """Rotate, shift and stretch each image (N, C, H, W) by its own draws (2, N, 3) in [-1, 1)."""
     # torchvision's transforms would give one draw to the whole batch.
     angle = math.radians(recipe.rotate) * draws[0, :, 0]
-    dx, dy = 2 * recipe.shift * draws[0, :, 1:].T  # sides are 2 long here
+    dx, dy = 2 * recipe.shift * draws[0, :, 1:].T  # in coordinates from -1 to 1
     wide, slant, high = recipe.stretch * draws[1].T
-    # theta says at which input position (x, y), from -1 to 1, an output position reads.
+    # theta says at which input position (x, y) an output position reads.
     x_row = torch.stack([angle.cos() + wide, slant - angle.sin(), dx], dim=1)
     y_row = torch.stack([angle.sin(), angle.cos() + high, dy], dim=1)
     theta = torch.stack([x_row, y_row], dim=1)  # (N, 2, 3)
@@ -370,7 +370,7 @@ def distort(images: Tensor, draws: Tensor, recipe: Recipe) -> Tensor:
     return F.grid_sample(images, grid, align_corners=False)
 
 
-# torchrun tells each of its processes which one it is, and how many there are (section 4).
+# torchrun starts a program several times at once, usually once per GPU, and numbers the processes.
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -385,7 +385,7 @@ class TensorLoader:
         self.images, self.labels = images[:, None], labels
         self.recipe, self.train = recipe, train
         share = max(2, recipe.batch_size // WORLD_SIZE)  # of this process; 2 or more, see __len__()
-        self.batch_size = share if train else 250  # which in evaluation affects only the speed
+        self.batch_size = share if train else 250  # in evaluation it affects only the speed
 
     def to(self, device: torch.device | str) -> TensorLoader:
         """Move all images to ``device``, once."""
@@ -410,7 +410,7 @@ class TensorLoader:
             order = order[RANK::WORLD_SIZE][: n // WORLD_SIZE]
         batches = order.to(self.images.device).split(self.batch_size)
         for index in batches[: len(self)]:
-            x = TF.resize(self.images[index], [size, size], antialias=False)
+            x = TF.resize(self.images[index], [size, size])
             x = x.float() / 255  # (B, 1, S, S)
             if self.train and (self.recipe.rotate or self.recipe.shift or self.recipe.stretch):
                 # Before pixels are normalized: what moves in from outside is 0, the ground.
@@ -528,13 +528,13 @@ def train_one_epoch(
     totals = torch.zeros(2, device=device)  # of loss and correct answers
     seen = 0
     looked = time.perf_counter()
-    optimizer.zero_grad()  # of gradients that the caller may have computed
+    optimizer.zero_grad()  # the caller may have left gradients
     for step, (images, labels) in enumerate(loader, start=1):
         images, labels = images.to(device), labels.to(device)  # (N, C, H, W), (N,)
         with context:
             logits = model(images)  # (N, 10)
             loss = F.cross_entropy(logits, labels)
-        # Gradients add up to their mean; if fewer are left at the end, the step is smaller.
+        # Gradients add up to their mean; an incomplete last group makes a smaller step.
         (loss / accumulate).backward()
         if step % accumulate == 0 or step == len(loader):
             optimizer.step()
@@ -545,7 +545,7 @@ def train_one_epoch(
         correct = (logits.argmax(dim=1) == labels).sum()
         totals += torch.stack([loss.detach() * len(labels), correct])
         seen += len(labels)
-        # To read a number is to wait until the device has computed it; each half second will do.
+        # item() waits until the device has computed the number; each half second will do.
         if time.perf_counter() - looked > 0.5 or step == len(loader):
             looked = time.perf_counter()
             mean_loss = totals[0].item() / seen
@@ -604,7 +604,7 @@ SCHEDULERS: dict[str, Callable] = {
 }
 
 
-@contextlib.contextmanager
+@contextmanager
 def fast_small_maps(model: nn.Module) -> Iterator[None]:
     """In this context, train 3×3 convolutions faster where their output is a single position.
 
@@ -630,12 +630,12 @@ def fast_small_maps(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            vars(layer).pop("forward", None)  # which brings back that of the class
+            del layer.forward  # which brings back that of the class
 
 
-@contextlib.contextmanager
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a file to write instead: a kill at any moment leaves the old one or the new, whole."""
+    """Yield a temporary file that then takes the place of ``path``: a kill leaves no half file."""
     temporary = path.with_name(f".{path.name}.tmp")
     with explaining(f"cannot write {path}"):
         try:
@@ -646,7 +646,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 # What the history keeps of each epoch, and how it is printed.
-COLUMNS = "epoch train_loss train_accuracy val_loss val_accuracy learning_rate seconds".split()
+COLUMNS = ["epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy"]
+COLUMNS += ["learning_rate", "seconds"]
 HEADER = "epoch  train loss       %   val loss       %        lr       s"
 ROW = "{:5} {:11.4f} {:7.2f} {:10.4f} {:7.2f} {:9.2g} {:7.1f}"
 
@@ -660,9 +661,9 @@ def best_epoch(history: dict[str, list]) -> int:
 class ResNetTrainer:
     """Trains and tests a classifier; parameters with requires_grad=False stay as they are.
 
-    ``device`` None picks the best. Model and loaders are given; what the recipe says of them is
-    not used. ``run_dir`` receives best.pt, last.pt and history.csv; None, as for all processes but
-    the first, writes nothing.
+    ``device`` None picks the best. Model and loaders are given, so the recipe's settings of network
+    and data are not used. ``run_dir`` receives best.pt, last.pt and history.csv; None, as for all
+    processes but the first, writes nothing.
     """
 
     def __init__(self, model: nn.Module, device=None, recipe: Recipe | None = None, run_dir=None):
@@ -670,7 +671,7 @@ class ResNetTrainer:
         self.run_dir = Path(run_dir) if run_dir else None
         self.device = pick_device(device)
         self.precision = pick_precision(self.recipe.precision, self.device)
-        # cuDNN and oneDNN prefer channels_last; on mps it gave wrong gradients (PyTorch 175189).
+        # A memory order that is faster; on mps it gave wrong gradients (PyTorch 175189).
         layout = torch.preserve_format if self.device.type == "mps" else torch.channels_last
         self.model = model.to(self.device, memory_format=layout)
 
@@ -728,7 +729,7 @@ class ResNetTrainer:
         started = time.perf_counter()
         optimizer, scheduler = self.optimizer, self.scheduler
         learning_rate, accumulate = optimizer.param_groups[0]["lr"], self.recipe.accumulate
-        with torch.random.fork_rng(devices=[]):  # after it, the caller's random numbers go on
+        with torch.random.fork_rng(devices=[]):  # which restores the caller's random state
             # Order and augmentation, drawn on the CPU, follow from seed and epoch alone, so a
             # resumed run need not know what was drawn before. Devices' generators are left alone.
             torch.default_generator.manual_seed(self.recipe.seed * 1_000_003 + epoch)
@@ -736,8 +737,8 @@ class ResNetTrainer:
                 train = train_one_epoch(
                     ddp_model, train_loader, optimizer, scheduler, self.precision, accumulate
                 )
-            # Each process validates on all images, with the first one's batch-norm statistics,
-            # which DDP hands out; so all of them decide alike.
+            # DDP gives all processes the batch-norm statistics of the first. Each validates on all
+            # images, so all get the same loss and decide alike.
             val = train if val_loader is None else evaluate(ddp_model, val_loader, self.precision)
         if not math.isfinite(val["loss"]):
             raise UserError(f"the validation loss became {val['loss']}: try a lower --lr")
@@ -748,7 +749,7 @@ class ResNetTrainer:
         return [epoch, *losses, learning_rate, seconds]
 
     def _save(self) -> None:
-        """Write best.pt, history.csv and last.pt; a kill in between costs a repeat of the epoch."""
+        """Write best.pt, history.csv, last.pt; a kill before last.pt costs one epoch's work."""
         if not self.run_dir:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -1134,7 +1135,7 @@ def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
         if 4 * (right - start) < min(right - left, stop - start):  # side by side
             raise UserError(f"{path} seems to show several figures: one digit per picture")
     size = [max(1, round(20 * side / max(ink.shape))) for side in ink.shape]
-    digit = TF.resize(ink[None], size, antialias=True)[0]  # (h, w), one of them 20
+    digit = TF.resize(ink[None], size)[0]  # (h, w), one of them 20
     digit = (255 * digit / digit.max()).round().byte()
     center = (digit > 127).nonzero().float().mean(dim=0)  # which goes to the middle, 13.5
     corner = (13.5 - center).round().clamp(min=0).minimum(28 - torch.tensor(digit.shape))
@@ -1506,7 +1507,7 @@ def parse(command: str, arguments: list[str]) -> argparse.Namespace:
 
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next step; else a step takes up to an eighth longer."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+    with suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give memory back
         mallopt(-4, 0)  # M_MMAP_MAX: no block comes from the system directly
