@@ -1149,8 +1149,6 @@ def find_images(names: list[str]) -> list[str]:
         if Path(name).is_dir():
             files = sorted(Path(name).iterdir())
             found += [str(f) for f in files if f.suffix.lower() in Image.registered_extensions()]
-        elif Path(name).exists():  # even one with [ or ] in its name
-            found.append(name)
         else:
             found += sorted(glob.glob(name)) or [name]
     return found
