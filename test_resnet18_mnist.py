@@ -1,7 +1,4 @@
-"""What resnet18_mnist.py promises, tested in the order of its sections: `python -m pytest`.
-
-`python test_resnet18_mnist.py` is the benchmark; --help shows what else it does.
-"""
+"""What resnet18_mnist.py promises, in the order of its sections; as a script, the benchmark."""
 
 from __future__ import annotations
 
@@ -44,6 +41,7 @@ pytestmark = pytest.mark.filterwarnings("error::DeprecationWarning:resnet18_mnis
 HERE = Path(__file__).parent
 SCRIPT = HERE / "resnet18_mnist.py"
 README = (HERE / "README.md").read_text(encoding="utf-8")
+load = rm.read_tensors
 IDX = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 
 # No test downloads anything, and all read the same synthetic digits.
@@ -75,10 +73,6 @@ def train(model=None, loader=None, val_loader=None, resume=None, run_dir=None, *
     return trainer, trainer.train(loader, val_loader, resume, precision="fp32", **settings)
 
 
-def load(path: Path) -> dict:
-    return torch.load(path, weights_only=True)
-
-
 def assert_equal_runs(one: dict, other: dict) -> None:
     """Two last.pt are equal to the last bit, up to the seconds that an epoch took."""
     for run in (one, other):
@@ -106,10 +100,9 @@ def write_kaggle(digits, folder: Path, train_rows: int) -> torch.Tensor:
     """Write digits as train.csv and test.csv of the Digit Recognizer; return the test's labels."""
     images, labels = torch.cat(digits[::2]).flatten(1), torch.cat(digits[1::2])
     table = torch.cat([labels[:, None], images], dim=1).numpy()
-    pixels = ",".join(f"pixel{i}" for i in range(784))
     how = {"fmt": "%d", "delimiter": ",", "comments": ""}
-    np.savetxt(folder / "train.csv", table[:train_rows], header="label," + pixels, **how)
-    np.savetxt(folder / "test.csv", table[train_rows:, 1:], header=pixels, **how)
+    np.savetxt(folder / "train.csv", table[:train_rows], header="label,pixel0,...", **how)
+    np.savetxt(folder / "test.csv", table[train_rows:, 1:], header="pixel0,...", **how)
     return labels[train_rows:]
 
 
@@ -373,9 +366,8 @@ def test_usage_from_python():
         p.requires_grad = False
     before = copy.deepcopy(model.state_dict())
     trainer = rm.ResNetTrainer(model, device="cpu")
-    history = trainer.train(
-        train_loader, val_loader=data.val, num_epochs=2, learning_rate=0.001, weight_decay=1e-4
-    )
+    how = {"num_epochs": 2, "learning_rate": 0.001, "weight_decay": 1e-4}
+    history = trainer.train(train_loader, val_loader=data.val, **how)
     assert history["learning_rate"] == [0.001, 0.001]
     assert history["train_loss"][1] < history["train_loss"][0]
     for key, value in model.state_dict().items():  # frozen batch norms keep their statistics, too
@@ -434,10 +426,7 @@ def test_plateau_lowers_the_rate_and_patience_ends_the_run(monkeypatch, capsys):
     assert history["val_loss"] == [1.0, 0.5, 0.45, 0.7, 0.8, 0.9, 1.0]
     # Epoch 3 is the best one, but its loss is not lower by a fifth.
     assert history["learning_rate"] == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01])
-    printed = capsys.readouterr().out
-    assert printed.endswith("stopped early: no lower loss for 4 epochs\n")
-    best = [line.endswith("best") for line in printed.splitlines()[1:5]]
-    assert best == [True, True, True, False]
+    assert capsys.readouterr().out.endswith("stopped early: no lower loss for 4 epochs\n")
 
 
 def test_schedules():
@@ -552,10 +541,10 @@ def test_two_processes_learn_what_one_learns(tmp_path):
         port = str(server.getsockname()[1])
     flags = ["--val-size=20", "--batch-size=22", "--model=lenet5", "--epochs=2", "--lr=0.1"]
     processes = [start(tmp_path, *flags, "--output-dir=one", output="0 of 1")]
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     for rank in "01":  # what torchrun sets
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": "2"}
-        output = f"{rank} of 2"
-        processes.append(start(tmp_path, *flags, "--output-dir=two", output=output, **where))
+        command = [*flags, "--output-dir=two"]
+        processes.append(start(tmp_path, *command, output=f"{rank} of 2", RANK=rank, **where))
     for process in processes:
         process.join()
         assert process.exitcode == 0
@@ -577,7 +566,6 @@ def test_report_against_counts_by_hand():
     lines = rm.classification_report(results).splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines[1:]}
     assert rows["0"] == ["100.00", "66.67", "80.00", "3"]
-    assert rows["1"] == ["50.00", "50.00", "50.00", "2"]
     assert rows["9"] == ["0.00", "0.00", "0.00", "0"]
     assert rows["macro"] == ["20.00", "21.67", "19.67", "6"]
     assert rows["weighted"] == ["75.00", "66.67", "67.78", "6"]
@@ -625,8 +613,6 @@ def test_describe_prints_the_totals_and_the_readme_shows_them(capsys):
     assert re.search(r"total +11,175,370 +66,021,888 +37.8%", printed)
     assert max(map(len, printed.splitlines())) <= 80
     assert printed.strip() in README
-    assert rm.main(["describe", "--model", "resnet34", "--input", "rgb32"]) == 0
-    assert re.search(r"total +21,282,122 .* 100.0%", capsys.readouterr().out)
 
 
 # 7. Other digits
@@ -669,10 +655,8 @@ def test_kaggle_tables_are_read_or_refused(tmp_path):
 def test_kaggle_from_train_csv_to_solution_csv(tmp_path, capsys, monkeypatch, no_pictures):
     labels = write_kaggle(DIGITS, tmp_path, 1200)
     monkeypatch.setitem(rm.READERS, "mine", rm.read_kaggle)  # what counts is that no test is there
-    flags = "--recipe kaggle --val-size 100 --model lenet5 --epochs 8 --lr 0.003 --lr-step 8"
-    flags += " --dataset mine"
-    where = ["--data-dir", str(tmp_path), "--output-dir", str(tmp_path / "run")]
-    assert rm.main([*flags.split(), *where]) == 0
+    flags = "--recipe kaggle --limit 0 --batch-size 32 --lr 0.003 --lr-step 8 --dataset mine"
+    assert run(tmp_path / "run", *flags.split(), "--data-dir", tmp_path, epochs=8) == 0
     printed = capsys.readouterr().out
     assert "validation accuracy" in printed
     assert "test accuracy" not in printed
@@ -891,15 +875,15 @@ def test_weights_that_cannot_be_had(tmp_path, monkeypatch):
 # 9. Command line
 
 
-def test_train_writes_a_whole_run(trained):
+def test_train_writes_a_whole_run_and_evaluate_repeats_it(trained, capsys):
     printed = trained.with_suffix(".txt").read_text()
-    report = (trained / "report.txt").read_text()
-    assert report.strip() in printed
+    report = (trained / "report.txt").read_text().strip()
+    assert report in printed
     assert re.search(r"dataset synthetic.*\nepoch \d, selected on the validation set", report)
     assert max(map(len, printed.replace(str(trained.parent), "").splitlines())) <= 80
     assert "warning" not in printed.lower()
     assert "batch" not in printed  # the live line is for terminals
-    best, history = load(trained / "best.pt"), load(trained / "last.pt")["history"]
+    best, history = (load(trained / "best.pt"), load(trained / "last.pt")["history"])
     assert all(weight.is_contiguous() for weight in best["model"].values())
     assert best["history"] == history
     table = np.genfromtxt(trained / "history.csv", delimiter=",", names=True)
@@ -908,10 +892,6 @@ def test_train_writes_a_whole_run(trained):
         with Image.open(trained / f"{name}.png") as drawn:
             assert min(drawn.size) > 300, name
             assert len(drawn.convert("RGB").getcolors(2**24)) > 50, f"{name} is blank"
-
-
-def test_evaluate_repeats_the_report(trained, capsys):
-    report = (trained / "report.txt").read_text().strip()
     assert rm.main(["evaluate", *(str(trained / name) for name in ("", "best.pt", "last.pt"))]) == 0
     assert capsys.readouterr().out.count(report) == 3
 
@@ -949,25 +929,22 @@ def test_a_start_that_fails_leaves_nothing(tmp_path, monkeypatch, capsys, no_pic
 @pytest.mark.skipif(os.name == "nt", reason="signals and pipes differ")
 def test_neither_head_nor_ctrl_c_loses_a_file(tmp_path):
     write_mnist(tmp_path / "data" / "MNIST" / "raw")
-    for name in ("head", "layers", "stop"):
-        os.mkfifo(tmp_path / name)
+    os.mkfifo(tmp_path / "head")
+    os.mkfifo(tmp_path / "stop")
     flags = ["--val-size=20", "--model=lenet5", "--patience=9999", "--device=cpu"]
     headed = start(tmp_path, *flags, "--output-dir=a", "--epochs=2", output="head")
-    described = start(tmp_path, "describe", output="layers")
-    for name in ("head", "layers"):
-        with open(tmp_path / name) as printed:
-            printed.readline()  # as `| head -1` does
+    with open(tmp_path / "head") as printed:
+        printed.readline()  # as `| head -1` does
     stopped = start(tmp_path, *flags, "--output-dir=a stop", "--epochs=9999", output="stop")
     with open(tmp_path / "stop") as printed:
         for line in printed:
             if line.startswith("    1"):
                 os.kill(stopped.pid, signal.SIGINT)
-    for process, code in ((headed, 0), (described, 0), (stopped, 130)):
+    for process, code in ((headed, 0), (stopped, 130)):
         process.join()
         assert process.exitcode == code
     assert (tmp_path / "a" / "mistakes.png").exists()
     said = (tmp_path / "stop-errors").read_text()
-    assert said.startswith('stopped; this goes on:  python "')  # with quotes for every system
     assert said.endswith('resnet18_mnist.py" --resume "a stop" --data-dir "data" --device cpu\n')
     assert load(tmp_path / "a stop" / "last.pt")["history"]["epoch"]
 
@@ -976,10 +953,7 @@ def test_mistakes_get_one_line_and_exit_code_2(trained, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     Path("text.pt").write_bytes(b"no checkpoint")
     shutil.copy(trained / "best.pt", tmp_path)
-    checkpoint = load(trained / "best.pt")
-    torch.save(checkpoint["model"], "weights.pt")
-    checkpoint["recipe"]["model"] = "resnet34"
-    torch.save(checkpoint, "other.pt")
+    torch.save(load("best.pt")["model"], "weights.pt")
     Path("runs").mkdir()
     before = sorted(tmp_path.rglob("*"))
     mistakes = {
@@ -988,13 +962,11 @@ def test_mistakes_get_one_line_and_exit_code_2(trained, tmp_path, monkeypatch, c
         "trian": "trian",
         "--dataset synthetic --optimizer nesterov --momentum 0": "momentum",
         "--dataset synthetic --stem vgg": "stem 'vgg'",
-        "--dataset synthetic --precision fp8": "precision 'fp8'",
         "--dataset synthetic --freeze layer5": "cannot freeze 'layer5'",
         "--resume text.pt": "text.pt cannot be read, or is damaged",
         "--resume best.pt": "this cannot be resumed",
         "--resume best.pt --lr 0.5": "a resumed run keeps its settings and folder",
         "evaluate weights.pt": "weights.pt is no checkpoint of this program",
-        "evaluate other.pt": "other.pt does not fit resnet34",
         "--dataset synthetic --model lenet5 --freeze 0,1,2,3,4,5,6": "empty parameter list",
         "predict runs": "predict takes image files",
         "predict nothing.png --checkpoint best.pt": "nothing.png",
@@ -1018,18 +990,15 @@ def test_help_fits_and_the_readme_names_every_flag(command, capsys, monkeypatch)
     assert [flag for flag in flags if flag not in README] == []
     if command == "train":
         assert len(flags) <= 35
-        assert "augmentation (default: 0)" in " ".join(printed.split())  # even what is 0
         assert re.findall(r"(?m)^(\w+):$", printed)[-4:] == ["network", "data", "training", "run"]
 
 
 def damage(rng, data: bytes) -> bytes:
-    """Cut, flip, repeat, blank or insert some bytes, or leave none."""
-    a, b = sorted(rng.randrange(len(data) + 1) for _ in range(2))
-    flipped = bytearray(data)
-    for _ in range(rng.choice((1, 10, 1000))):
-        flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    kinds = [data[:a], bytes(flipped), data[:b] + data[a:], data[:a] + bytes(b - a) + data[b:]]
-    return rng.choice([*kinds, data[:a] + rng.randbytes(30) + data[a:], b""])
+    """Cut, repeat, blank or replace some bytes, or leave none."""
+    a = rng.randrange(len(data))
+    b = a + rng.choice((1, 10, 1000))
+    kinds = [b"", data[:a], data[:b] + data[a:], data[:a] + bytes(b - a) + data[b:]]
+    return rng.choice([*kinds, data[:a] + rng.randbytes(b - a) + data[b:]])
 
 
 @pytest.mark.parametrize(("seed", "cases"), [(0, 200)])
@@ -1171,10 +1140,10 @@ def time_steps(kind: str, data_dir: Path, rounds: int) -> list[list[float]]:
     batch, targets = next(iter(loader))
     same_batches = [(batch.contiguous(), targets)] * len(loader)
     v1 = torchvision.transforms
-    steps = [v1.Resize((32, 32)), v1.Grayscale(3)] if kind == "rgb32" else []
-    steps += [v1.RandomAffine(10, translate=(0.1, 0.1)), v1.ToTensor()]
-    transform = v1.Compose([*steps, v1.Normalize((0.1307,), (0.3081,))])
-    dataset = torchvision.datasets.MNIST(data_dir, transform=transform)
+    channels, side, _ = rm.INPUTS[kind]
+    steps = [v1.Resize(side), v1.Grayscale(channels), v1.RandomAffine(10, translate=(0.1, 0.1))]
+    steps += [v1.ToTensor(), v1.Normalize((0.1307,), (0.3081,))]
+    dataset = torchvision.datasets.MNIST(data_dir, transform=v1.Compose(steps))
     how = {"num_workers": 2, "persistent_workers": True, "shuffle": True}
     usual_loader = DataLoader(dataset, 128, pin_memory=trainer.device.type == "cuda", **how)
     usual_model = rm.build_model(recipe).to(trainer.device)
@@ -1198,10 +1167,9 @@ def time_steps(kind: str, data_dir: Path, rounds: int) -> list[list[float]]:
 def benchmark(rounds: int = 5) -> None:
     """Time a step of the bare floor, of our loop and of the usual one, in turn."""
     rm.keep_freed_memory()  # as the command line does
-    machine = f"{rm.pick_device()}, threads: {torch.get_num_threads()}, torch {torch.__version__}"
-    print(f"{machine}; medians of {rounds} rounds")
+    print(f"torch {torch.__version__}, {rm.pick_device()}, threads: {torch.get_num_threads()}")
     print("floor: forward, backward and update on one fixed batch; 128 images per step")
-    print("ms per step, and ratios (with their range)")
+    print(f"ms per step, and ratios with their range: medians of {rounds} rounds")
     print("input    floor    ours   usual  ours/floor            usual/ours")
     for kind, steps in (("gray28", 24), ("rgb32", 4)):
         with tempfile.TemporaryDirectory() as folder:
@@ -1224,9 +1192,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         if args.kill:
             test_a_killed_run_ends_as_one_never_killed(Path(folder), args.kill)
-            print(f"killed {args.kill} times, and the same in the end")
         elif args.fuzz:
             test_damaged_files_are_read_or_refused_in_a_line(Path(folder), 1, args.fuzz)
-            print(f"{args.fuzz} damaged files, and each got an answer")
         else:
             benchmark()
