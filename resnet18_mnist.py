@@ -783,9 +783,6 @@ def compute_accuracy(model: nn.Module, loader, device=None) -> float:
 #
 # Each plot_…() function returns a matplotlib figure, which a notebook shows.
 
-import copy
-from collections import namedtuple
-
 from matplotlib.figure import Figure
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -794,7 +791,7 @@ BARE = {"xticks": [], "yticks": [], "frame_on": False}  # the look of axes that 
 
 
 def confusion_matrix(results: dict) -> Tensor:
-    """Count in evaluate()'s results how often each digit (row) was read as each (column)."""
+    """Return how often each digit (row) was read as each digit (column) in evaluate()'s results."""
     classes = results["probabilities"].shape[1]
     pairs = results["labels"] * classes + results["predictions"]
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
@@ -807,7 +804,7 @@ def classification_report(results: dict) -> str:
     """
     matrix = confusion_matrix(results)
     hits, images, predicted = matrix.diag(), matrix.sum(dim=1), matrix.sum(dim=0)
-    # Hits over what was predicted are precision, over what is there recall, over their mean F1.
+    # Precision divides hits by what was predicted, recall by what is there, F1 by the mean of both.
     counts = torch.stack([predicted, images, (images + predicted) / 2], dim=1)
     scores = 100 * hits[:, None] / counts.clamp(min=1)  # (digits, 3)
     line = "{:<9}{:10.2f}{:10.2f}{:10.2f}{:10,}"
@@ -889,7 +886,7 @@ def plot_digits(images: Tensor, results: dict, chosen: Sequence, title: str = ""
 @torch.no_grad()
 def plot_feature_maps(model: ResNet, image: Tensor, title: str = "") -> Figure:
     """Draw an image (1, C, S, S) and the first channels of each part's output."""
-    model = copy.deepcopy(model).eval()  # a copy, since eval() would change the caller's
+    model.eval()
     maps = {"input": image, **model.get_feature_maps(image)}
     del maps["pooled"]  # a vector
     figure, axes = new_figure(len(maps), 10, 10, 1.25 * len(maps), title, **BARE)
@@ -924,17 +921,15 @@ def visualize_results(model, loader, results: dict, history: dict, run_dir, titl
         save_figure(plot_feature_maps(model, image, title), folder / "feature_maps.png")
 
 
-Layer = namedtuple("Layer", "name shape parameters flops live")
-
-
 @torch.no_grad()
-def list_layers(model: nn.Module, image: Tensor) -> list[Layer]:
+def list_layers(model: nn.Module, image: Tensor) -> list[dict[str, Any]]:
     """Send one image (1, C, H, W) through the model; return its layers in running order.
 
-    Parameters include those of the batch norm behind a layer. FLOPs count a multiply-add as two,
-    where the paper counts one. ``live`` is the share of the weights that can meet a pixel.
+    Each has a name, the shape of its output, parameters (with those of the batch norm behind it),
+    FLOPs (a multiply-add is two; in the paper, one) and the share of live weights, which can meet
+    a pixel.
     """
-    model = copy.deepcopy(model).eval()
+    model.eval()
     calls, layers = [], []
     with register_module_forward_hook(lambda *call: calls.append(call)):
         model(image)
@@ -951,10 +946,10 @@ def list_layers(model: nn.Module, image: Tensor) -> list[Layer]:
             window = (module.kernel_size, module.dilation, module.padding, module.stride)
             live = F.unfold(torch.ones_like(inputs[0][:, :1]), *window).amax(dim=2).mean().item()
         if isinstance(module, nn.BatchNorm2d):
-            layers[-1] = layers[-1]._replace(parameters=layers[-1].parameters + parameters)
+            layers[-1]["parameters"] += parameters
         elif flops or "Pool" in type(module).__name__:
-            shape = "×".join(map(str, y.shape[1:]))
-            layers.append(Layer(names[module], shape, parameters, flops, live))
+            layer = {"name": names[module], "shape": "×".join(map(str, y.shape[1:]))}
+            layers.append({**layer, "parameters": parameters, "flops": flops, "live": live})
     return layers
 
 
@@ -963,13 +958,14 @@ def visualize_model_architecture(model: nn.Module, image_size: int = 28) -> None
     weight = next(w for w in model.parameters() if w.dim() == 4)  # of the first convolution
     shape = (weight.shape[1], image_size, image_size)
     layers = list_layers(model, weight.new_zeros(1, *shape))
-    parameters = sum(layer.parameters for layer in layers)
-    live = sum(layer.parameters * layer.live for layer in layers) / parameters
-    total = Layer("total", "", parameters, sum(layer.flops for layer in layers), live)
+    parameters = sum(layer["parameters"] for layer in layers)
+    flops = sum(layer["flops"] for layer in layers)
+    live = sum(layer["parameters"] * layer["live"] for layer in layers) / parameters
+    total = {"name": "total", "shape": "", "parameters": parameters, "flops": flops, "live": live}
     say("layer                    output   parameters          FLOPs     live")
     say(f"input                {'×'.join(map(str, shape)):>10}")
     for layer in [*layers, total]:
-        say("{:21}{:>10}{:13,}{:15,}{:9.1%}".format(*layer))
+        say("{name:21}{shape:>10}{parameters:13,}{flops:15,}{live:9.1%}".format(**layer))
     say("FLOPs: one image forward, a multiply-add counted as two.")
     say("live: share of the weights that can meet a pixel; the others meet only padding.")
 
@@ -1012,8 +1008,6 @@ def read_kaggle_table(path: str | Path, labelled: bool) -> tuple[Tensor, Tensor]
     with explaining(f"cannot read {path}"):
         table = np.loadtxt(path, np.uint8, delimiter=",", skiprows=1, ndmin=2)
         labels, pixels = torch.from_numpy(table).split([int(labelled), 784], dim=1)
-        if (labels > 9).any():
-            raise ValueError("a label is above 9")
     return pixels.reshape(-1, 28, 28), labels.flatten().long()
 
 
@@ -1059,7 +1053,7 @@ def split_parts(mask: Tensor) -> Tensor:
 def find_ink(colors: Tensor, inside: Tensor) -> Tensor:
     """Return the ink, (H, W) from 0 to 1, in colors (3, H, W) where ``inside`` (H, W) is True."""
     # Most of the border is paper, even around a digit that fills the picture. As light is uneven,
-    # paper is, in each color, a smooth surface of second degree; ink is what differs from it.
+    # paper is fitted, in each color, by a surface of second degree; ink is what differs from it.
     border = inside & near(~inside, min(inside.shape) // 20 + 1)
     paper = colors[:, border].median(dim=1).values[:, None, None]
     v, u = torch.meshgrid(*[torch.linspace(-1, 1, side) for side in inside.shape], indexing="ij")
@@ -1069,13 +1063,13 @@ def find_ink(colors: Tensor, inside: Tensor) -> Tensor:
         levels = difference[inside].sort().values
         mass, share = levels.cumsum(dim=0), torch.arange(1, len(levels) + 1) / len(levels)
         between = (mass[-1] * share - mass)[:-1] ** 2 / (share * (1 - share))[:-1]
-        threshold = levels[between.argmax()]  # Otsu 1979: the variance between both is largest
+        threshold = levels[between.argmax()]  # Otsu 1979: the largest variance between both
         is_paper = inside & (difference <= threshold)
         fit = torch.linalg.lstsq(terms[is_paper], colors[:, is_paper].T, driver="gelsd")
         paper = (terms @ fit.solution).permute(2, 0, 1)
     on_paper, on_ink = difference[is_paper], difference[inside & ~is_paper]
-    # Ink stands out by 8 levels, and by 8 spreads of the paper or, since soft edges widen that one,
-    # by 2.3 times both spreads. Blank pages reach 7 and 2.2.
+    # Ink differs by 8 levels and 8 spreads of the paper or, since soft edges widen these, 2.3 times
+    # both spreads. Blank pages reach 7 and 2.2.
     spreads = [((x - x.mean()) ** 2).mean().sqrt() for x in (on_paper, on_ink)]
     is_clear = on_ink.mean() - on_paper.mean() > max(8, min(8 * spreads[0], 2.3 * sum(spreads)))
     strength = ((difference - threshold / 2) / (on_ink.mean() - threshold / 2)).clamp(0, 1)
@@ -1089,8 +1083,8 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
         return ink
     parts = split_parts(ink > 0)
     sides = masks_to_boxes(parts).view(-1, 2, 2).diff(dim=1)[:, 0] + 1  # (N, 2): width, height
-    # What fills most of a box, turned or not, and is no 1 and no dot, is a sheet: look again inside
-    # it. What touches the edge is left out where anything else has a quarter of the largest side.
+    # A large part that fills most of a box, turned or not, and is no 1 is a sheet: look again in
+    # it. Parts that touch the edge are left out if any other has a quarter of the longest side.
     angles = torch.arange(0, math.pi / 2, 0.1)
     turns = torch.stack([angles.cos(), -angles.sin(), angles.sin(), angles.cos()], 1).view(-1, 2, 2)
     low, high = (parts[0].nonzero().float() @ turns).aminmax(dim=1)  # of (turns, pixels, 2)
@@ -1101,11 +1095,11 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
     touches = (others & near(~inside)).flatten(1).any(dim=1)
     if not is_sheet and (4 * sides[~touches] >= sides.max()).any():
         return ink * parts[~touches].any(dim=0)
-    again = find_digit(colors, inside & ~near(others[touches].any(dim=0), 4))
+    again = find_digit(colors, inside & ~near(~inside | others[touches].any(dim=0), 4))
     drawn = parts.any(dim=0)
     edges = [drawn[:3], drawn[-3:], drawn[:, :3], drawn[:, -3:]]
     corners = drawn[[0, -1]][:, [0, -1]]
-    # A shadow covers a corner of the picture, or two, and leaves a side free; a tight cut does not.
+    # Unlike a tightly cut digit, a shadow covers a corner of the picture, but not all four sides.
     is_shadow = corners.any() and not all(edge.any() for edge in edges)
     if is_sheet or is_shadow or again.any() or not inside.all():
         return again
@@ -1137,7 +1131,7 @@ def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
     size = [max(1, round(20 * side / max(ink.shape))) for side in ink.shape]
     digit = TF.resize(ink[None], size)[0]  # (h, w), one of them 20
     digit = (255 * digit / digit.max()).round().byte()
-    center = (digit > 127).nonzero().float().mean(dim=0)  # which goes to the middle, 13.5
+    center = (digit > 127).nonzero().float().mean(dim=0)  # goes to the middle, 13.5
     corner = (13.5 - center).round().clamp(min=0).minimum(28 - torch.tensor(digit.shape))
     return picture, TF.crop(digit[None], *(-corner).int().tolist(), 28, 28)[0]  # which pads with 0
 
@@ -1175,8 +1169,6 @@ def plot_readings(read: dict[str, tuple], probabilities: Tensor) -> Figure:
 #
 # What a ResNet is compared with, and the weights that training can start from.
 
-import pickle
-
 from torchvision import models
 
 
@@ -1203,9 +1195,8 @@ def build_model(recipe: Recipe) -> nn.Module:
     """Return the recipe's network, newly initialized. Raises UserError."""
     channels, _, suitable_stem = look_up(INPUTS, recipe.input, "input")
     build = look_up(NETWORKS, recipe.model, "model")
-    stem = suitable_stem if recipe.stem == "auto" else recipe.stem
-    with explaining(f"cannot build {recipe.model}"):
-        model = build(input_channels=channels, stem=stem)
+    stems = {"auto": suitable_stem, "imagenet": "imagenet", "cifar": "cifar"}
+    model = build(input_channels=channels, stem=look_up(stems, recipe.stem, "stem"))
     for module in model.modules():
         if recipe.plain and hasattr(module, "downsample"):
             del module.downsample  # nn.Module lets no function take a module's place
@@ -1215,14 +1206,9 @@ def build_model(recipe: Recipe) -> nn.Module:
 
 def read_tensors(path: str | Path) -> dict[str, Any]:
     """Load onto the CPU what torch.save() wrote, tensors only; run no code. Raises UserError."""
-    with explaining(f"{path} cannot be read, or is damaged"):
-        try:
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
-        except pickle.UnpicklingError as error:
-            if "Unsupported global" not in str(error):
-                raise
-            what = "holds Python objects, which are not run; save a state_dict() instead"
-            raise UserError(f"{path} {what}") from error
+    objects = "Python objects are not loaded: save a state_dict()"
+    with explaining(f"cannot read tensors from {path} ({objects})"):
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def load_weights(model: nn.Module, recipe: Recipe) -> None:
@@ -1318,7 +1304,7 @@ def claim_run_dir(output_dir: str | None, name: str) -> Path:
 
 
 def start_or_resume(args: argparse.Namespace) -> tuple[Recipe, dict, Path | None]:
-    """Return recipe, last checkpoint and folder of a resumed run; of a new one, the recipe."""
+    """Return recipe, checkpoint and folder; of a new run, the last two are empty."""
     if args.resume is None:
         recipe = replace(RECIPES[args.recipe or "plateau"], **args.changes)
         if recipe.dataset == "mnist" and "dataset" not in args.changes:
@@ -1456,7 +1442,7 @@ USAGE = """resnet18_mnist.py [train] [flags]     train, test, report, draw
        resnet18_mnist.py predict IMAGE ...   read digits from image files
        resnet18_mnist.py describe [flags]    show the layers of a network"""
 
-# The settings that a group of flags begins with, and those that name an entry of a table.
+# The first setting of each group of flags, and the settings whose values are a table's keys.
 GROUPS = {"model": "network", "dataset": "data", "epochs": "training", "seed": "run"}
 TABLES = {"input": INPUTS, "dataset": READERS, "normalize": STATISTICS}
 TABLES |= {"model": NETWORKS, "optimizer": OPTIMIZERS, "scheduler": SCHEDULERS}
@@ -1530,6 +1516,6 @@ def main(arguments=()) -> int:
     return 2
 
 
-# A notebook's cells are __main__ too, but they are no file: nothing starts there by itself.
+# In a notebook __name__ is "__main__" as well, but there is no __file__: nothing starts by itself.
 if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main(sys.argv[1:]))
