@@ -812,7 +812,8 @@ def classification_report(results: dict) -> str:
     for digit, row in enumerate(scores):
         lines.append(line.format(digit, *row, images[digit]))
     lines.append(line.format("macro", *scores.mean(dim=0), images.sum()))
-    lines.append(line.format("weighted", *(images / images.sum() @ scores), images.sum()))
+    shares = images / images.sum()
+    lines.append(line.format("weighted", *(shares @ scores), images.sum()))
     return "\n".join(lines)
 
 
@@ -834,7 +835,7 @@ def plot_curves(history: dict[str, list], title: str = "") -> Figure:
     epochs = history["epoch"]
     rates = history["learning_rate"]
     best = best_epoch(history)
-    drops = [epoch for epoch in epochs[:-1] if rates[epoch] < rates[epoch - 1]]  # after epoch
+    drops = [epoch for epoch in epochs[:-1] if rates[epoch] < rates[epoch - 1]]  # it fell after
     if len(drops) > len(rates) / 2:
         drops = []  # a rate that falls all the time, as onecycle's
     figure, axes = new_figure(1, 2, 11, 4.2, title)
@@ -871,7 +872,7 @@ def plot_confusion_matrix(results: dict, title: str = "") -> Figure:
 
 
 def plot_digits(images: Tensor, results: dict, chosen: Sequence, title: str = "") -> Figure:
-    """Draw up to 40 images (N, 1, S, S), those numbered ``chosen``; wrong answers are vermilion."""
+    """Draw up to 40 images (N, 1, S, S), at the indices ``chosen``; wrong answers are vermilion."""
     rows = min(max(1, math.ceil(len(chosen) / 8)), 5)
     figure, axes = new_figure(rows, 8, 10, 1.65 * rows + 0.7, title, **BARE)
     for axis, number in zip(axes.flat, chosen, strict=False):
@@ -985,7 +986,7 @@ from torchvision.ops import masks_to_boxes
 
 
 def draw_synthetic_digits(data_dir=None, train_size: int = 6000, test_size: int = 1000) -> tuple:
-    """Draw always the same digits, in matplotlib's fonts; return four tensors as read_mnist()."""
+    """Draw digits in matplotlib's fonts, always the same ones; return tensors as read_mnist()."""
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
     paths = [path for path in sorted(folder.glob("DejaVu*")) if "Display" not in path.name]
     fonts = [ImageFont.truetype(path, size) for path in paths for size in range(32, 51, 3)]
@@ -1175,8 +1176,8 @@ from torchvision import models
 def lenet5(num_classes: int = 10, input_channels: int = 1, stem=None) -> nn.Sequential:
     """LeNet-5 (LeCun 1998, II.B): (N, C, H, W) → (N, num_classes).
 
-    Simpler than there: each map of C3 reads all maps of S2, subsampling has no weights, the tanh
-    no scale, and the output is linear. ``stem`` is not used.
+    Simpler than there: C3 reads all maps of S2, pooling has no weights, tanh is not scaled, and the
+    output is linear. ``stem`` is not used.
     """
     c1 = nn.Conv2d(input_channels, 6, 5, padding=2)  # (N, 6, 28, 28)
     s2 = nn.Sequential(nn.Tanh(), nn.AvgPool2d(2))  # (N, 6, 14, 14)
@@ -1199,7 +1200,7 @@ def build_model(recipe: Recipe) -> nn.Module:
     model = build(input_channels=channels, stem=look_up(stems, recipe.stem, "stem"))
     for module in model.modules():
         if recipe.plain and hasattr(module, "downsample"):
-            del module.downsample  # nn.Module lets no function take a module's place
+            del module.downsample  # nn.Module refuses to replace a module by a function
             module.downsample = lambda x: 0  # what the block adds in place of a shortcut
     return model
 
