@@ -21,7 +21,7 @@ Each section is a notebook cell that needs only the ones above it:
     8  Other nets    LeNet-5, plain networks, weights to start from
     9  Command line  train, evaluate, predict, describe
 
-Whoever stops after section 5, at line 779, has read how a ResNet is built and trained.
+Whoever stops after section 5, at line 780, has read how a ResNet is built and trained.
 
 Sources: He 2015a, Deep Residual Learning for Image Recognition, arXiv:1512.03385. He 2015b, Delving
 Deep into Rectifiers, arXiv:1502.01852. Ioffe 2015, Batch Normalization, arXiv:1502.03167. Goyal
@@ -608,8 +608,9 @@ SCHEDULERS: dict[str, Callable] = {
 def fast_small_maps(model: nn.Module) -> Iterator[None]:
     """In this context, train 3×3 convolutions faster where their output is a single position.
 
-    On a 1×1 map, or with stride 2 on 2×2, most of the nine taps meet padding only. Without them
-    the same sum is a matrix product, which halves a step's time (gray28, ResNet-18, CPU, float32).
+    Only the speed changes, so skip this at a first reading. On a 1×1 map, or with stride 2 on 2×2,
+    most of the nine taps meet padding only. Without them the same sum is a matrix product, which
+    halves a step's time (gray28, ResNet-18, CPU, float32).
     """
 
     def forward(conv: nn.Conv2d, x: Tensor) -> Tensor:
