@@ -1208,9 +1208,12 @@ def build_model(recipe: Recipe) -> nn.Module:
 
 def read_tensors(path: str | Path) -> dict[str, Any]:
     """Load onto the CPU what torch.save() wrote, tensors only; run no code. Raises UserError."""
-    objects = "Python objects are not loaded: save a state_dict()"
-    with explaining(f"cannot read tensors from {path} ({objects})"):
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    with open(path, "rb") as file:
+        try:
+            return dict(torch.load(file, map_location="cpu", weights_only=True))
+        except Exception as error:
+            what = "is damaged, or holds Python objects, which are not run: save a state_dict()"
+            raise UserError(f"{path} {what}") from error
 
 
 def load_weights(model: nn.Module, recipe: Recipe) -> None:

@@ -863,7 +863,7 @@ def test_weights_that_cannot_be_had(tmp_path, monkeypatch):
     answers = {
         "imagenet": "ImageNet weights for resnet18",
         "lenet5.pth": r"nothing in .*lenet5\.pth fits resnet18.*0\.weight.*conv1\.weight",
-        "pickled.pth": r"pickled\.pth \(Python objects are not loaded: save a state_dict",
+        "pickled.pth": r"pickled\.pth .*holds Python objects, which are not run: save a state_dict",
     }
     for name, answer in answers.items():
         with pytest.raises(rm.UserError, match=answer):
@@ -962,13 +962,14 @@ def test_mistakes_get_one_line_and_exit_code_2(trained, tmp_path, monkeypatch, c
         "--dataset synthetic --optimizer nesterov --momentum 0": "momentum",
         "--dataset synthetic --stem vgg": "stem 'vgg'",
         "--dataset synthetic --freeze layer5": "cannot freeze 'layer5'",
-        "--resume text.pt": "cannot read tensors from text.pt",
+        "--resume text.pt": "text.pt is damaged, or holds Python objects",
         "--resume best.pt": "this cannot be resumed",
         "--resume best.pt --lr 0.5": "a resumed run keeps its settings and folder",
         "evaluate weights.pt": "weights.pt is no checkpoint of this program",
         "--dataset synthetic --model lenet5 --freeze 0,1,2,3,4,5,6": "empty parameter list",
         "predict runs": "predict takes image files",
         "predict nothing.png --checkpoint best.pt": "nothing.png",
+        "evaluate nothing": "No such file.*nothing",
     }
     for mistake, reason in mistakes.items():
         assert rm.main(mistake.split()) == 2, mistake
