@@ -836,7 +836,7 @@ def plot_curves(history: dict[str, list], title: str = "") -> Figure:
     epochs = history["epoch"]
     rates = history["learning_rate"]
     best = best_epoch(history)
-    drops = [epoch for epoch in epochs[:-1] if rates[epoch] < rates[epoch - 1]]  # it fell after
+    drops = [epoch for epoch in epochs[:-1] if rates[epoch] < rates[epoch - 1]]  # then it fell
     if len(drops) > len(rates) / 2:
         drops = []  # a rate that falls all the time, as onecycle's
     figure, axes = new_figure(1, 2, 11, 4.2, title)
@@ -1207,7 +1207,7 @@ def build_model(recipe: Recipe) -> nn.Module:
 
 
 def read_tensors(path: str | Path) -> dict[str, Any]:
-    """Load onto the CPU what torch.save() wrote, tensors only; run no code. Raises UserError."""
+    """Load onto the CPU what torch.save() wrote, tensors only. Raises UserError, OSError."""
     with open(path, "rb") as file:
         try:
             return dict(torch.load(file, map_location="cpu", weights_only=True))

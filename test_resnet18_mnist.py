@@ -953,6 +953,7 @@ def test_mistakes_get_one_line_and_exit_code_2(trained, tmp_path, monkeypatch, c
     Path("text.pt").write_bytes(b"no checkpoint")
     shutil.copy(trained / "best.pt", tmp_path)
     torch.save(load("best.pt")["model"], "weights.pt")
+    torch.save({**load("best.pt"), "model": {}}, "other.pt")
     Path("runs").mkdir()
     before = sorted(tmp_path.rglob("*"))
     mistakes = {
@@ -965,6 +966,7 @@ def test_mistakes_get_one_line_and_exit_code_2(trained, tmp_path, monkeypatch, c
         "--resume text.pt": "text.pt is damaged, or holds Python objects",
         "--resume best.pt": "this cannot be resumed",
         "--resume best.pt --lr 0.5": "a resumed run keeps its settings and folder",
+        "evaluate other.pt": "other.pt does not fit resnet18",
         "evaluate weights.pt": "weights.pt is no checkpoint of this program",
         "--dataset synthetic --model lenet5 --freeze 0,1,2,3,4,5,6": "empty parameter list",
         "predict runs": "predict takes image files",
