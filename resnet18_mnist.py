@@ -1006,11 +1006,11 @@ def draw_synthetic_digits(data_dir=None, train_size: int = 6000, test_size: int 
 
 
 def read_kaggle_table(path: str | Path, labelled: bool) -> tuple[Tensor, Tensor]:
-    """Read a CSV of Kaggle's Digit Recognizer: images (N, 28, 28) uint8, labels (N,) or (0,)."""
+    """Read a CSV of Kaggle's Digit Recognizer: images (N, 28, 28) uint8, labels (N,) or zeros."""
     with explaining(f"cannot read {path}"):
         table = np.loadtxt(path, np.uint8, delimiter=",", skiprows=1, ndmin=2)
         labels, pixels = torch.from_numpy(table).split([int(labelled), 784], dim=1)
-    return pixels.reshape(-1, 28, 28), labels.flatten().long()
+    return pixels.reshape(-1, 28, 28), labels.sum(dim=1)  # of one column or none
 
 
 def read_kaggle(data_dir: str | Path) -> tuple:
@@ -1189,8 +1189,7 @@ def lenet5(num_classes: int = 10, input_channels: int = 1, stem=None) -> nn.Sequ
     return nn.Sequential(c1, s2, c3, s4, c5, f6, nn.Linear(84, num_classes))
 
 
-NETWORKS: dict[str, Callable] = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}
-NETWORKS |= {"resnet101": resnet101, "resnet152": resnet152, "lenet5": lenet5}
+NETWORKS = {f.__name__: f for f in (resnet18, resnet34, resnet50, resnet101, resnet152, lenet5)}
 
 
 def build_model(recipe: Recipe) -> nn.Module:
@@ -1239,11 +1238,10 @@ def load_weights(model: nn.Module, recipe: Recipe) -> None:
             total = state[first].sum(dim=1, keepdim=True)
             state[first] = total.expand(-1, channels, -1, -1) / channels
         fits = {n: w for n, w in state.items() if n in target and w.shape == target[n].shape}
-        model.load_state_dict(fits, strict=False)
+        rest = model.load_state_dict(fits, strict=False).missing_keys
     if not fits:
         names = f"it has {list(state)[:2]} ..., not {list(target)[:2]} ..."
         raise UserError(f"nothing in {recipe.weights} fits {recipe.model}: {names}")
-    rest = [name for name in target if name not in fits and "num_batches" not in name]
     say(f"weights {len(fits)} of {len(state)} tensors loaded, newly initialized: {rest}")
 
 
@@ -1297,30 +1295,39 @@ def load_trainer(run: str | None, device: str | None) -> tuple[Path, dict[str, A
     return path, checkpoint, ResNetTrainer(model, device, checkpoint["recipe"])
 
 
-def claim_run_dir(output_dir: str | None, name: str) -> Path:
-    """Make the folder of a new run: the one that was asked for, or the next number in runs/."""
-    number = 1
-    while (RUNS / f"{name}-{number}").exists():
-        number += 1
-    folder = Path(output_dir or RUNS / f"{name}-{number}")
-    with explaining(f"cannot make {folder} (a run in it may go on with --resume)"):
-        folder.mkdir(parents=True)  # of two runs at once, one gets it
-    return folder
-
-
-def start_or_resume(args: argparse.Namespace) -> tuple[Recipe, dict, Path | None]:
-    """Return recipe, checkpoint and folder; of a new run, the last two are empty."""
+def start_or_resume(args: argparse.Namespace) -> tuple[ResNetTrainer, MNISTDataLoader, dict]:
+    """Return the trainer and the data of a run, and the checkpoint it goes on from, if any."""
+    device = init_distributed(args.device)
+    folder, checkpoint = args.output_dir, {}
     if args.resume is None:
         recipe = replace(RECIPES[args.recipe or "plateau"], **args.changes)
         if recipe.dataset == "mnist" and "dataset" not in args.changes:
             recipe = replace(recipe, dataset=mnist_or_synthetic(args.data_dir))
-        return recipe, {}, None
-    path, checkpoint = load_checkpoint(args.resume, "last.pt")
-    recipe = replace(checkpoint["recipe"], **args.changes)
-    free = ["patience"] if recipe.scheduler == "onecycle" else ["patience", "epochs"]
-    if args.recipe or args.output_dir or args.changes.keys() - set(free):
-        raise UserError(f"a resumed run keeps its settings and folder, except {' and '.join(free)}")
-    return recipe, checkpoint, path.parent
+    else:
+        path, checkpoint = load_checkpoint(args.resume, "last.pt")
+        recipe = replace(checkpoint["recipe"], **args.changes)
+        free = ["patience"] if recipe.scheduler == "onecycle" else ["patience", "epochs"]
+        if args.recipe or folder or args.changes.keys() - set(free):
+            kept = "a resumed run keeps its settings and folder, except"
+            raise UserError(f"{kept} {' and '.join(free)}")
+        folder = path.parent
+    data = MNISTDataLoader(args.data_dir, recipe)
+    torch.manual_seed(recipe.seed)
+    model = build_model(recipe)
+    if recipe.weights and not checkpoint:
+        load_weights(model, recipe)
+    for part in filter(None, recipe.freeze.split(",")):
+        with explaining(f"cannot freeze {part!r}"):
+            model.get_submodule(part).requires_grad_(False)
+    trainer = ResNetTrainer(model, device, recipe)
+    if RANK == 0:  # only the first process writes
+        name = f"{recipe.model}-{recipe.input}-{recipe.dataset}"
+        number = next(n for n in itertools.count(1) if not (RUNS / f"{name}-{n}").exists())
+        trainer.run_dir = Path(folder or RUNS / f"{name}-{number}")
+        with explaining(f"cannot make {trainer.run_dir} (a run in it may go on with --resume)"):
+            # Of two runs that start at once, one gets the folder.
+            trainer.run_dir.mkdir(parents=True, exist_ok=bool(checkpoint))
+    return trainer, data, checkpoint
 
 
 def report_run(trainer: ResNetTrainer, data: MNISTDataLoader, history: dict) -> None:
@@ -1351,23 +1358,10 @@ epoch {epoch}, selected on the {chosen_on}: loss {loss:.4f}, {accuracy:.2f} %
 
 def command_train(args: argparse.Namespace) -> None:
     """Train a ResNet on MNIST, test it, and draw how it went."""
-    device = init_distributed(args.device)
-    recipe, checkpoint, run_dir = start_or_resume(args)
-    data = MNISTDataLoader(args.data_dir, recipe)
-    torch.manual_seed(recipe.seed)
-    model = build_model(recipe)
-    if recipe.weights and not checkpoint:
-        load_weights(model, recipe)
-    for part in filter(None, recipe.freeze.split(",")):
-        with explaining(f"cannot freeze {part!r}"):
-            model.get_submodule(part).requires_grad_(False)
-    trainer = ResNetTrainer(model, device, recipe)
-    name = f"{recipe.model}-{recipe.input}-{recipe.dataset}"
-    if RANK == 0:  # only the first process writes
-        trainer.run_dir = run_dir or claim_run_dir(args.output_dir, name)
-    run_dir = trainer.run_dir
+    trainer, data, checkpoint = start_or_resume(args)
+    recipe, run_dir, device = trainer.recipe, trainer.run_dir, trainer.device
     sizes = [f"{len(loader.labels):,}" for loader in (data.train, data.val, data.test)]
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in trainer.model.parameters())
     threads = torch.get_num_threads()  # which the last bits of a result depend on
     say(f"device  {device}, {trainer.precision}, threads: {threads}, processes: {WORLD_SIZE}")
     say(f"data    {recipe.dataset}: {sizes[0]} to train, {sizes[1]} to select, {sizes[2]} to test")
@@ -1404,33 +1398,28 @@ def command_predict(args: argparse.Namespace) -> int:
     if not names and not args.kaggle:
         raise UserError("predict takes image files, a folder of them, or --kaggle and a test.csv")
     path, _, trainer = load_trainer(args.checkpoint, args.device)
-
-    def predict(images: Tensor) -> Tensor:
-        loader = TensorLoader(images, torch.zeros(len(images)).long(), trainer.recipe)
-        return trainer.test(loader.to(trainer.device))["probabilities"]
-
     if args.kaggle:
-        images, _ = read_kaggle_table(args.kaggle, labelled=False)
-        labels = predict(images).argmax(dim=1)
-        table = np.stack([np.arange(1, len(labels) + 1), labels], axis=1)
+        loader = TensorLoader(*read_kaggle_table(args.kaggle, labelled=False), trainer.recipe)
+        table = list(enumerate(trainer.test(loader)["predictions"].tolist(), start=1))
         solution = path.with_name("solution.csv")
         with replacing(solution) as file:
             np.savetxt(file, table, "%d", delimiter=",", header="ImageId,Label", comments="")
-        say(f"labels of {len(labels):,} images: {solution}")
-    code, read = 0, {}
+        say(f"labels of {len(table):,} images: {solution}")
+    read = {}
     for name in names:
         try:
             read[name] = read_image(name)
         except UserError as error:  # the others are still read
             print(f"error: {error}", file=sys.stderr)
-            code = 2
     if read:
-        probabilities = predict(torch.stack([digit for _, digit in read.values()]))
+        digits = torch.stack([digit for _, digit in read.values()])
+        loader = TensorLoader(digits, torch.zeros(len(digits)).long(), trainer.recipe)
+        probabilities = trainer.test(loader)["probabilities"]
         for name, p in zip(read, probabilities, strict=True):
             say(f"{p.argmax()}  {100 * p.max():6.2f} %  {name}")
         save_figure(plot_readings(read, probabilities), path.with_name("predict.png"))
         say(f"what the network saw: {path.with_name('predict.png')}")
-    return code
+    return 0 if read.keys() == set(names) else 2
 
 
 def command_describe(args: argparse.Namespace) -> None:
@@ -1489,8 +1478,7 @@ def parse(command: str, arguments: list[str]) -> argparse.Namespace:
     args, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
         raise UserError(f"{' '.join(unknown)} is unknown; --help shows what there is")
-    names = [entry.name for entry in fields(Recipe)]
-    args.changes = {name: value for name, value in vars(args).items() if name in names}
+    args.changes = {name: value for name, value in vars(args).items() if hasattr(Recipe, name)}
     return args
 
 
