@@ -21,7 +21,7 @@ Each section is a notebook cell that needs only the ones above it:
     8  Other nets    LeNet-5, plain networks, weights to start from
     9  Command line  train, evaluate, predict, describe
 
-Whoever stops after section 5, at line 780, has read how a ResNet is built and trained.
+Whoever stops after section 5, at line 760, has read how a ResNet is built and trained.
 
 Sources: He 2015a, Deep Residual Learning for Image Recognition, arXiv:1512.03385. He 2015b, Delving
 Deep into Rectifiers, arXiv:1502.01852. Ioffe 2015, Batch Normalization, arXiv:1502.03167. Goyal
@@ -49,6 +49,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, Adam, AdamW, RMSprop
 from torch.optim.lr_scheduler import ConstantLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as TF
@@ -349,11 +350,10 @@ def split_by_class(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Te
     """Return shuffled indices (train, validation), split in the same ratio in each class."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     by_class = order[labels[order].argsort(stable=True)]
-    held_out = torch.zeros(len(labels), dtype=torch.bool)
     # In a list sorted by class, every twelfth image, say, makes a twelfth of each class.
     evenly = torch.arange(val_size) * len(labels) // max(val_size, 1)
-    held_out[by_class[evenly]] = True
-    return order[~held_out[order]], order[held_out[order]]
+    held_out = torch.isin(order, by_class[evenly])
+    return order[~held_out], order[held_out]
 
 
 def distort(images: Tensor, draws: Tensor, recipe: Recipe) -> Tensor:
@@ -410,8 +410,7 @@ class TensorLoader:
             order = order[RANK::WORLD_SIZE][: n // WORLD_SIZE]
         batches = order.to(self.images.device).split(self.batch_size)
         for index in batches[: len(self)]:
-            x = TF.resize(self.images[index], [size, size])
-            x = x.float() / 255  # (B, 1, S, S)
+            x = TF.resize(self.images[index], [size, size]).float() / 255  # (B, 1, S, S)
             if self.train and (self.recipe.rotate or self.recipe.shift or self.recipe.stretch):
                 # Before pixels are normalized: what moves in from outside is 0, the ground.
                 x = distort(x, draws[:, index], self.recipe)
@@ -444,9 +443,8 @@ class MNISTDataLoader:
 
 # %% 4. Device
 #
-# bfloat16 keeps the exponent of float32 in half the bytes. Hardware with units for it is faster,
-# and unlike in float16 small gradients do not vanish. Its numbers have two to three digits; weights
-# stay float32.
+# bfloat16 keeps the exponent of float32 in half the bytes, so small gradients do not vanish as they
+# do in float16. Its numbers have two to three digits. Hardware with units for it is faster.
 
 
 def pick_device(name: str | torch.device | None = None) -> torch.device:
@@ -490,8 +488,6 @@ def init_distributed(name: str | None) -> torch.device:
     device = pick_device(name)
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if RANK > 0:
-        sys.stdout = None  # the first process speaks for all
     return device
 
 
@@ -503,17 +499,16 @@ def init_distributed(name: str | None) -> torch.device:
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Print; if the reader has left, as ``| head`` does, the run still goes on to its end."""
+    """Print, in the first process; if the reader has left, as ``| head`` does, a run goes on."""
     try:
-        print(text, end=end, flush=True)
+        if RANK == 0:
+            print(text, end=end, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def train_one_epoch(
-    model: nn.Module, loader, optimizer, scheduler=None, precision: str = "fp32", accumulate=1
-) -> dict[str, float]:
-    """Go through the loader once; return loss (mean, nats) and accuracy (%).
+def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", accumulate=1):
+    """Go through the loader once; return a dict with loss (mean, nats) and accuracy (%).
 
     Both are measured while the model learns, before each update. ``scheduler`` steps at every
     update. Raises UserError for a loss that is not finite.
@@ -551,7 +546,7 @@ def train_one_epoch(
             mean_loss = totals[0].item() / seen
             if not math.isfinite(mean_loss):
                 raise UserError(f"the loss became {mean_loss} by step {step}: try a lower --lr")
-            if sys.stdout and sys.stdout.isatty():  # a live line, which the next one overwrites
+            if sys.stdout.isatty():  # a live line, which the next one overwrites
                 say(f"batch {step}/{len(loader)}  loss {mean_loss:.4f}\033[K", end="\r")
     if WORLD_SIZE > 1:
         dist.all_reduce(totals)  # the sum over all processes, which see equally many images
@@ -572,24 +567,19 @@ def evaluate(model: nn.Module, loader, precision: str = "fp32") -> dict[str, Any
         targets.append(labels)
     logits, labels = torch.cat(outputs).float().cpu(), torch.cat(targets).cpu()
     predictions = logits.argmax(dim=1)
-    return {
-        "loss": F.cross_entropy(logits, labels).item(),
-        "accuracy": 100 * (predictions == labels).sum().item() / len(labels),
-        "predictions": predictions,
-        "labels": labels,
-        "probabilities": logits.softmax(dim=1),
-    }
+    results = {"predictions": predictions, "labels": labels, "probabilities": logits.softmax(dim=1)}
+    results["loss"] = F.cross_entropy(logits, labels).item()
+    results["accuracy"] = 100 * (predictions == labels).sum().item() / len(labels)
+    return results
 
 
 # How to make an optimizer from parameters p and a recipe r.
 OPTIMIZERS: dict[str, Callable] = {
-    "sgd": lambda p, r: torch.optim.SGD(p, r.lr, r.momentum, weight_decay=r.weight_decay),
-    "nesterov": lambda p, r: torch.optim.SGD(
-        p, r.lr, r.momentum, weight_decay=r.weight_decay, nesterov=True
-    ),
-    "adam": lambda p, r: torch.optim.Adam(p, r.lr, weight_decay=r.weight_decay),
-    "adamw": lambda p, r: torch.optim.AdamW(p, r.lr, weight_decay=r.weight_decay),
-    "rmsprop": lambda p, r: torch.optim.RMSprop(p, r.lr, weight_decay=r.weight_decay),
+    "sgd": lambda p, r: SGD(p, r.lr, r.momentum, weight_decay=r.weight_decay),
+    "nesterov": lambda p, r: SGD(p, r.lr, r.momentum, weight_decay=r.weight_decay, nesterov=True),
+    "adam": lambda p, r: Adam(p, r.lr, weight_decay=r.weight_decay),
+    "adamw": lambda p, r: AdamW(p, r.lr, weight_decay=r.weight_decay),
+    "rmsprop": lambda p, r: RMSprop(p, r.lr, weight_decay=r.weight_decay),
 }
 
 # How to make a scheduler from an optimizer o, n updates per epoch, and a recipe r. "plateau" steps
@@ -606,7 +596,7 @@ SCHEDULERS: dict[str, Callable] = {
 
 @contextmanager
 def fast_small_maps(model: nn.Module) -> Iterator[None]:
-    """In this context, train 3×3 convolutions faster where their output is a single position.
+    """In this context, compute 3×3 convolutions faster where their output is a single position.
 
     Only the speed changes, so skip this at a first reading. On a 1×1 map, or with stride 2 on 2×2,
     most of the nine taps meet padding only. Without them the same sum is a matrix product, which
@@ -639,6 +629,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary file that then takes the place of ``path``: a kill leaves no half file."""
     temporary = path.with_name(f".{path.name}.tmp")
     with explaining(f"cannot write {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
             os.replace(temporary, path)
@@ -646,25 +637,17 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-# What the history keeps of each epoch, and how it is printed.
-COLUMNS = ["epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy"]
-COLUMNS += ["learning_rate", "seconds"]
-HEADER = "epoch  train loss       %   val loss       %        lr       s"
-ROW = "{:5} {:11.4f} {:7.2f} {:10.4f} {:7.2f} {:9.2g} {:7.1f}"
-
-
 def best_epoch(history: dict[str, list]) -> int:
     """Return the epoch, counted from 1, with the lowest validation loss; 0 before the first."""
-    losses = history["val_loss"]
+    losses = history.get("val_loss")
     return 1 + losses.index(min(losses)) if losses else 0
 
 
 class ResNetTrainer:
     """Trains and tests a classifier; parameters with requires_grad=False stay as they are.
 
-    ``device`` None picks the best. Model and loaders are given, so the recipe's settings of network
-    and data are not used. ``run_dir`` receives best.pt, last.pt and history.csv; None, as for all
-    processes but the first, writes nothing.
+    ``device`` None picks the best. The recipe's settings of network and data are not used, since
+    both are given. ``run_dir`` receives best.pt, last.pt and history.csv; None writes nothing.
     """
 
     def __init__(self, model: nn.Module, device=None, recipe: Recipe | None = None, run_dir=None):
@@ -679,10 +662,10 @@ class ResNetTrainer:
     def train(self, train_loader, val_loader=None, resume=None, **changes) -> dict[str, list]:
         """Train; end with the weights of the best epoch, in eval mode; return the history.
 
-        Loaders are iterables of (images, labels) with a length; without a ``val_loader`` the
-        training loss decides. ``resume`` is the content of last.pt. ``changes`` (num_epochs,
-        learning_rate, all of the recipe's names) change the recipe. The history has a list for
-        each of COLUMNS, with a value per epoch. Raises UserError.
+        Loaders yield (images, labels) and have a length; without a ``val_loader`` the training loss
+        decides. ``resume`` is the content of last.pt. ``changes`` (num_epochs, learning_rate, all
+        of the recipe's names) change the recipe. The history has lists with a value per epoch: see
+        ``row`` in _run_epoch(). Raises UserError.
         """
         names = {"num_epochs": "epochs", "learning_rate": "lr"}
         changes = {names.get(name, name): value for name, value in changes.items()}
@@ -694,11 +677,10 @@ class ResNetTrainer:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         updates = math.ceil(len(train_loader) / recipe.accumulate)
         with explaining("this recipe cannot be followed"):
-            make_optimizer = look_up(OPTIMIZERS, recipe.optimizer, "optimizer")
-            self.optimizer = make_optimizer(trainable, recipe)
+            self.optimizer = look_up(OPTIMIZERS, recipe.optimizer, "optimizer")(trainable, recipe)
             make_scheduler = look_up(SCHEDULERS, recipe.scheduler, "scheduler")
             self.scheduler = make_scheduler(self.optimizer, updates, recipe)
-        self.history, self.best_weights = {name: [] for name in COLUMNS}, {}
+        self.history, self.best_weights = {"epoch": []}, {}
         if resume:
             with explaining("this cannot be resumed; the last.pt of a run can"):
                 for name in ("model", "optimizer", "scheduler"):
@@ -706,54 +688,50 @@ class ResNetTrainer:
                 self.history, self.best_weights = resume["history"], resume["model"]  # the best
         ddp_model = DistributedDataParallel(self.model) if WORLD_SIZE > 1 else self.model
         self._save()  # a run killed in epoch 1 can be resumed, too
-        say(HEADER)
-        history = self.history
-        for epoch in range(len(history["epoch"]) + 1, recipe.epochs + 1):
-            if epoch - best_epoch(history) > recipe.patience:
+        say("epoch  train loss       %   val loss       %        lr       s")
+        for epoch in range(len(self.history["epoch"]) + 1, recipe.epochs + 1):
+            if epoch - best_epoch(self.history) > recipe.patience:
                 say(f"stopped early: no lower loss for {recipe.patience} epochs")
                 break
-            row = self._run_epoch(epoch, ddp_model, train_loader, val_loader)
-            for name, value in zip(COLUMNS, row, strict=True):
-                history[name].append(value)
-            is_best = best_epoch(history) == epoch
-            if is_best:  # copied in the usual memory order, not in channels_last
-                for name, w in self.model.state_dict().items():
-                    self.best_weights[name] = w.cpu().clone(memory_format=torch.contiguous_format)
-            self._save()
-            say(ROW.format(*row) + ("  best" if is_best else ""))
+            self._run_epoch(epoch, ddp_model, train_loader, val_loader)
         self.model.load_state_dict(self.best_weights)
         self.model.eval()
-        return history
+        return self.history
 
-    def _run_epoch(self, epoch: int, ddp_model, train_loader, val_loader) -> list:
-        """Train for an epoch and validate; return the values of COLUMNS."""
+    def _run_epoch(self, epoch: int, model, loader, val_loader) -> None:
+        """Train for an epoch, validate, save, and print how it went."""
         started = time.perf_counter()
         optimizer, scheduler = self.optimizer, self.scheduler
-        learning_rate, accumulate = optimizer.param_groups[0]["lr"], self.recipe.accumulate
-        with torch.random.fork_rng(devices=[]):  # which restores the caller's random state
+        learning_rate = optimizer.param_groups[0]["lr"]
+        accumulate = self.recipe.accumulate
+        with torch.random.fork_rng(devices=[]), fast_small_maps(model):
             # Order and augmentation, drawn on the CPU, follow from seed and epoch alone, so a
             # resumed run need not know what was drawn before. Devices' generators are left alone.
             torch.default_generator.manual_seed(self.recipe.seed * 1_000_003 + epoch)
-            with fast_small_maps(self.model):
-                train = train_one_epoch(
-                    ddp_model, train_loader, optimizer, scheduler, self.precision, accumulate
-                )
-            # DDP gives all processes the batch-norm statistics of the first. Each validates on all
-            # images, so all get the same loss and decide alike.
-            val = train if val_loader is None else evaluate(ddp_model, val_loader, self.precision)
+            train = train_one_epoch(model, loader, optimizer, scheduler, self.precision, accumulate)
+            # DDP gives all processes the first one's batch-norm statistics: all get the same loss.
+            val = train if val_loader is None else evaluate(model, val_loader, self.precision)
         if not math.isfinite(val["loss"]):
             raise UserError(f"the validation loss became {val['loss']}: try a lower --lr")
         if isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step(val["loss"])
-        seconds = time.perf_counter() - started
-        losses = [train["loss"], train["accuracy"], val["loss"], val["accuracy"]]
-        return [epoch, *losses, learning_rate, seconds]
+        row = {"epoch": epoch, "train_loss": train["loss"], "train_accuracy": train["accuracy"]}
+        row |= {"val_loss": val["loss"], "val_accuracy": val["accuracy"]}
+        row |= {"learning_rate": learning_rate, "seconds": time.perf_counter() - started}
+        for name, value in row.items():
+            self.history.setdefault(name, []).append(value)
+        is_best = best_epoch(self.history) == epoch
+        if is_best:  # copied in the usual memory order, not in channels_last
+            for name, w in self.model.state_dict().items():
+                self.best_weights[name] = w.cpu().clone(memory_format=torch.contiguous_format)
+        self._save()
+        line = "{:5} {:11.4f} {:7.2f} {:10.4f} {:7.2f} {:9.2g} {:7.1f}".format(*row.values())
+        say(line + ("  best" if is_best else ""))
 
     def _save(self) -> None:
         """Write best.pt, history.csv, last.pt; a kill before last.pt costs one epoch's work."""
         if not self.run_dir:
             return
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         state = {"recipe": asdict(self.recipe), "history": self.history, "model": self.best_weights}
         if self.best_weights:
             with replacing(self.run_dir / "best.pt") as file:
@@ -761,7 +739,9 @@ class ResNetTrainer:
         for name in ("model", "optimizer", "scheduler"):  # where training goes on
             state[f"last_{name}"] = getattr(self, name).state_dict()
         with replacing(self.run_dir / "history.csv") as path, open(path, "w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *zip(*self.history.values(), strict=True)])
+            csv.writer(file).writerows(
+                [list(self.history), *zip(*self.history.values(), strict=True)]
+            )
         with replacing(self.run_dir / "last.pt") as file:
             torch.save(state, file)
 
@@ -905,7 +885,6 @@ def plot_feature_maps(model: ResNet, image: Tensor, title: str = "") -> Figure:
 def visualize_results(model, loader, results: dict, history: dict, run_dir, title="") -> None:
     """Save a run's pictures; ``results`` are evaluate()'s of this loader."""
     folder = Path(run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     batches = [images for images, _ in loader]
     images = torch.cat(batches)[:, :1].cpu()
     labels = results["labels"]
