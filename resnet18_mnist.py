@@ -868,8 +868,8 @@ def plot_digits(images: Tensor, results: dict, chosen: Sequence, title: str = ""
 @torch.no_grad()
 def plot_feature_maps(model: ResNet, image: Tensor, title: str = "") -> Figure:
     """Draw an image (1, C, S, S) and the first channels of each part's output."""
-    model.eval()
-    maps = {"input": image, **model.get_feature_maps(image)}
+    image = image.to(next(model.parameters()).device)
+    maps = {"input": image, **model.eval().get_feature_maps(image)}
     del maps["pooled"]  # a vector
     figure, axes = new_figure(len(maps), 10, 10, 1.25 * len(maps), title, **BARE)
     for row, (name, features) in zip(axes, maps.items(), strict=True):
@@ -885,8 +885,7 @@ def plot_feature_maps(model: ResNet, image: Tensor, title: str = "") -> Figure:
 def visualize_results(model, loader, results: dict, history: dict, run_dir, title="") -> None:
     """Save a run's pictures; ``results`` are evaluate()'s of this loader."""
     folder = Path(run_dir)
-    batches = [images for images, _ in loader]
-    images = torch.cat(batches)[:, :1].cpu()
+    images = torch.cat([images for images, _ in loader]).cpu()
     labels = results["labels"]
     surest = results["probabilities"].amax(dim=1).argsort(descending=True).tolist()
     wrong = [number for number in surest if labels[number] != results["predictions"][number]]
@@ -898,8 +897,7 @@ def visualize_results(model, loader, results: dict, history: dict, run_dir, titl
     save_figure(plot_digits(images, results, range(len(labels)), first), folder / "predictions.png")
     save_figure(plot_digits(images, results, wrong, mistakes), folder / "mistakes.png")
     if hasattr(model, "get_feature_maps"):
-        image = batches[0][:1].to(next(model.parameters()).device)
-        save_figure(plot_feature_maps(model, image, title), folder / "feature_maps.png")
+        save_figure(plot_feature_maps(model, images[:1], title), folder / "feature_maps.png")
 
 
 @torch.no_grad()
@@ -910,10 +908,9 @@ def list_layers(model: nn.Module, image: Tensor) -> list[dict[str, Any]]:
     FLOPs (a multiply-add is two; in the paper, one) and the share of live weights, which can meet
     a pixel.
     """
-    model.eval()
     calls, layers = [], []
     with register_module_forward_hook(lambda *call: calls.append(call)):
-        model(image)
+        model.eval()(image)
     names = {module: name for name, module in model.named_modules()}
     for module, inputs, y in calls:
         parameters = sum(p.numel() for p in module.parameters())
@@ -956,13 +953,11 @@ def visualize_model_architecture(model: nn.Module, image_size: int = 28) -> None
 # Digits from elsewhere, in MNIST's form: uint8, 28×28, light ink on dark ground.
 
 import glob
-import itertools
 import random
 
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torchvision.ops import masks_to_boxes
 
 
 def draw_synthetic_digits(data_dir=None, train_size: int = 6000, test_size: int = 1000) -> tuple:
@@ -972,15 +967,14 @@ def draw_synthetic_digits(data_dir=None, train_size: int = 6000, test_size: int 
     fonts = [ImageFont.truetype(path, size) for path in paths for size in range(32, 51, 3)]
     rng = random.Random(0)
     labels = torch.arange(train_size + test_size) % 10
-    images = []
-    for digit in labels.tolist():
+    images = torch.zeros(len(labels), 28, 28, dtype=torch.uint8)
+    for number, digit in enumerate(labels.tolist()):
         canvas = Image.new("L", (56, 56))  # twice the size: shrinking smooths the edges
         place = (rng.uniform(22, 34), rng.uniform(22, 34))
         style = {"font": rng.choice(fonts), "stroke_width": rng.randint(0, 2), "anchor": "mm"}
         ImageDraw.Draw(canvas).text(place, str(digit), 255, **style)
         canvas = canvas.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR)
-        images.append(TF.pil_to_tensor(canvas.reduce(2))[0])
-    images = torch.stack(images)
+        images[number] = TF.pil_to_tensor(canvas.reduce(2))
     return images[:train_size], labels[:train_size], images[train_size:], labels[train_size:]
 
 
@@ -1007,8 +1001,7 @@ def mnist_or_synthetic(data_dir: str | Path) -> str:
         read_mnist(data_dir)
         return "mnist"
     except UserError as error:
-        folder = Path(data_dir)
-        found = [*folder.glob("*-ubyte*"), *folder.glob("MNIST/**/*-ubyte*")]
+        found = [*Path(data_dir).glob("*-ubyte*"), *Path(data_dir, "MNIST").rglob("*-ubyte*")]
         if found:
             raise UserError(f"{error}; found: {found[0]}") from error
         print(f"WARNING: {error}.\nGoing on with SYNTHETIC digits.", file=sys.stderr)
@@ -1063,25 +1056,24 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
     if not ink.any():
         return ink
     parts = split_parts(ink > 0)
-    sides = masks_to_boxes(parts).view(-1, 2, 2).diff(dim=1)[:, 0] + 1  # (N, 2): width, height
     # A large part that fills most of a box, turned or not, and is no 1 is a sheet: look again in
     # it. Parts that touch the edge are left out if any other has a quarter of the longest side.
-    angles = torch.arange(0, math.pi / 2, 0.1)
-    turns = torch.stack([angles.cos(), -angles.sin(), angles.sin(), angles.cos()], 1).view(-1, 2, 2)
-    low, high = (parts[0].nonzero().float() @ turns).aminmax(dim=1)  # of (turns, pixels, 2)
-    boxes = high - low + 1  # (turns, 2)
-    short, long = boxes[boxes.prod(dim=1).argmin()].aminmax()
+    angles = torch.arange(32) * math.pi / 32
+    across = parts[0].nonzero().float() @ torch.stack([angles.cos(), angles.sin()])
+    boxes = (across.amax(dim=0) - across.amin(dim=0) + 1).view(2, 16)  # two sides of each
+    short, long = boxes[:, boxes.prod(dim=0).argmin()].aminmax()
     is_sheet = parts[0].sum() > 0.7 * short * long and 2 * short > long > max(inside.shape) / 4
     others = split_parts(inside & ~parts[0]) if is_sheet else parts
     touches = (others & near(~inside)).flatten(1).any(dim=1)
+    sides = torch.maximum(parts.any(dim=1).sum(dim=1), parts.any(dim=2).sum(dim=1))
     if not is_sheet and (4 * sides[~touches] >= sides.max()).any():
         return ink * parts[~touches].any(dim=0)
     again = find_digit(colors, inside & ~near(~inside | others[touches].any(dim=0), 4))
+    # Unlike a tightly cut digit, a shadow covers a corner, but not all of the height and width.
     drawn = parts.any(dim=0)
-    edges = [drawn[:3], drawn[-3:], drawn[:, :3], drawn[:, -3:]]
-    corners = drawn[[0, -1]][:, [0, -1]]
-    # Unlike a tightly cut digit, a shadow covers a corner of the picture, but not all four sides.
-    is_shadow = corners.any() and not all(edge.any() for edge in edges)
+    low, high = drawn.nonzero().aminmax(dim=0)
+    fills = (high - low + 5 >= torch.tensor(drawn.shape)).all()
+    is_shadow = drawn[[0, -1]][:, [0, -1]].any() and not fills
     if is_sheet or is_shadow or again.any() or not inside.all():
         return again
     return ink * drawn
@@ -1103,17 +1095,18 @@ def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
     ink = find_digit(TF.pil_to_tensor(picture).float(), torch.ones(pixels.shape, dtype=torch.bool))
     if not ink.any():
         raise UserError(f"{path} shows no ink")
-    boxes = masks_to_boxes(split_parts(ink > 0)).int()  # (N, 4): left, top, right, bottom
-    ink = ink[boxes[:, 1].min() : boxes[:, 3].max() + 1, boxes[:, 0].min() : boxes[:, 2].max() + 1]
-    tall = boxes[2 * (boxes[:, 3] - boxes[:, 1]) > len(ink), ::2].tolist()
-    for (left, right), (start, stop) in itertools.pairwise(sorted(tall)):
-        if 4 * (right - start) < min(right - left, stop - start):  # side by side
-            raise UserError(f"{path} seems to show several figures: one digit per picture")
-    size = [max(1, round(20 * side / max(ink.shape))) for side in ink.shape]
-    digit = TF.resize(ink[None], size)[0]  # (h, w), one of them 20
+    low, high = ink.nonzero().aminmax(dim=0)
+    shape = high - low + 1  # (2,): height, width
+    parts = split_parts(ink > 0)
+    columns = parts[2 * parts.any(dim=2).sum(dim=1) > shape[0]].any(dim=1).float()  # of tall ones
+    shared = columns @ columns.T  # how many columns any two have in common
+    if (4 * shared < torch.minimum(shared.diag(), shared.diag()[:, None])).any():  # side by side
+        raise UserError(f"{path} seems to show several figures: one digit per picture")
+    size = (20 * shape / shape.max()).round().clamp(min=1).int()  # one of them 20
+    digit = TF.resized_crop(ink[None], *low.tolist(), *shape.tolist(), size.tolist())[0]
     digit = (255 * digit / digit.max()).round().byte()
     center = (digit > 127).nonzero().float().mean(dim=0)  # goes to the middle, 13.5
-    corner = (13.5 - center).round().clamp(min=0).minimum(28 - torch.tensor(digit.shape))
+    corner = (13.5 - center).round().clamp(min=0).minimum(28 - size)
     return picture, TF.crop(digit[None], *(-corner).int().tolist(), 28, 28)[0]  # which pads with 0
 
 
@@ -1228,6 +1221,7 @@ def load_weights(model: nn.Module, recipe: Recipe) -> None:
 
 import argparse
 import ctypes
+import itertools
 import shutil
 
 RUNS = Path("runs")
