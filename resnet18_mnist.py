@@ -739,9 +739,9 @@ class ResNetTrainer:
         for name in ("model", "optimizer", "scheduler"):  # where training goes on
             state[f"last_{name}"] = getattr(self, name).state_dict()
         with replacing(self.run_dir / "history.csv") as path, open(path, "w", newline="") as file:
-            csv.writer(file).writerows(
-                [list(self.history), *zip(*self.history.values(), strict=True)]
-            )
+            writer = csv.writer(file)
+            writer.writerow(self.history)  # the names of its columns
+            writer.writerows(zip(*self.history.values(), strict=True))
         with replacing(self.run_dir / "last.pt") as file:
             torch.save(state, file)
 
@@ -1281,8 +1281,7 @@ def start_or_resume(args: argparse.Namespace) -> tuple[ResNetTrainer, MNISTDataL
         recipe = replace(checkpoint["recipe"], **args.changes)
         free = ["patience"] if recipe.scheduler == "onecycle" else ["patience", "epochs"]
         if args.recipe or folder or args.changes.keys() - set(free):
-            kept = "a resumed run keeps its settings and folder, except"
-            raise UserError(f"{kept} {' and '.join(free)}")
+            raise UserError(f"a resumed run keeps its settings and folder; free: {', '.join(free)}")
         folder = path.parent
     data = MNISTDataLoader(args.data_dir, recipe)
     torch.manual_seed(recipe.seed)
