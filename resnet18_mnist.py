@@ -21,7 +21,7 @@ Each section is a notebook cell that needs only the ones above it:
     8  Other nets    LeNet-5, plain networks, weights to start from
     9  Command line  train, evaluate, predict, describe
 
-Whoever stops after section 5, at line 760, has read how a ResNet is built and trained.
+Whoever stops after section 5, at line 761, has read how a ResNet is built and trained.
 
 Sources: He 2015a, Deep Residual Learning for Image Recognition, arXiv:1512.03385. He 2015b, Delving
 Deep into Rectifiers, arXiv:1502.01852. Ioffe 2015, Batch Normalization, arXiv:1502.03167. Goyal
@@ -567,7 +567,8 @@ def evaluate(model: nn.Module, loader, precision: str = "fp32") -> dict[str, Any
         targets.append(labels)
     logits, labels = torch.cat(outputs).float().cpu(), torch.cat(targets).cpu()
     predictions = logits.argmax(dim=1)
-    results = {"predictions": predictions, "labels": labels, "probabilities": logits.softmax(dim=1)}
+    results: dict[str, Any] = {"predictions": predictions, "labels": labels}
+    results["probabilities"] = logits.softmax(dim=1)
     results["loss"] = F.cross_entropy(logits, labels).item()
     results["accuracy"] = 100 * (predictions == labels).sum().item() / len(labels)
     return results
@@ -1247,7 +1248,7 @@ RECIPES = {
 # fmt: on
 
 
-def load_checkpoint(run: str | None, name: str) -> tuple[Path, dict[str, Any]]:
+def load_checkpoint(run: str | Path | None, name: str) -> tuple[Path, dict[str, Any]]:
     """Return path and content of a checkpoint: a file, or ``name`` in a folder (None: newest)."""
     run = run or max(RUNS.glob(f"*/{name}"), key=os.path.getmtime, default=None)
     if run is None:
