@@ -9,19 +9,18 @@
     python resnet18_mnist.py predict digit.png  read a digit from a photo or a drawing
     python resnet18_mnist.py describe           each layer's shape, parameters and FLOPs
 
-Each section is a notebook cell that needs only the ones above it:
+Whoever stops after section 5, at line 732, has read how a ResNet is built and trained. Each section
+is a notebook cell that needs only the ones above it:
 
     1  Network       the residual block, and five depths built from it
     2  Recipe        every setting of a run, with its default
     3  Data          70,000 digits as tensors, from which batches are made
     4  Device        where to compute, and in which number format
     5  Training      the loop, evaluation, early stopping, checkpoints
-    6  Report        and pictures: curves, mistakes, feature maps, the table of layers
+    6  Report        and pictures: curves, mistakes, feature maps, a table of the layers
     7  Other digits  synthetic ones, Kaggle's tables, your own images
     8  Other nets    LeNet-5, plain networks, weights to start from
     9  Command line  train, evaluate, predict, describe
-
-Whoever stops after section 5, at line 744, has read how a ResNet is built and trained.
 
 Sources: He 2015a, Deep Residual Learning for Image Recognition, arXiv:1512.03385. He 2015b, Delving
 Deep into Rectifiers, arXiv:1502.01852. Ioffe 2015, Batch Normalization, arXiv:1502.03167. Goyal
@@ -56,11 +55,11 @@ from torchvision.transforms.v2 import functional as TF
 
 # %% 1. Network
 #
-# A plain network asks a stack of layers for a mapping H(x). A residual network asks it only for
-# the difference from its input, F(x) = H(x) - x, and adds x back: y = F(x) + x (He 2015a, eq. 1).
-# Where the identity is nearly right, small weights are enough. So more layers need not make the
-# training worse, as they do in plain networks (fig. 1). Layers have torchvision's names and order,
-# so that state dicts are interchangeable.
+# In a plain network, a few layers learn a mapping H(x). In a residual network, they learn only its
+# difference from their input, F(x) = H(x) - x, and x is added back: y = F(x) + x (He 2015a, eq. 1).
+# If the identity is nearly right, small weights are enough. So more layers need not make training
+# worse, as they do in plain networks (fig. 1). Layers have torchvision's names and order, so that
+# state dicts are interchangeable.
 
 
 def conv3x3(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
@@ -69,36 +68,38 @@ def conv3x3(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_planes, out_planes, 3, stride=stride, padding=1, bias=False)
 
 
+def make_shortcut(inplanes: int, outplanes: int, stride: int) -> nn.Module:
+    """Return the identity or, where the shape changes, a projection (He 2015a, eq. 2, 4.1 B)."""
+    if stride == 1 and inplanes == outplanes:
+        return nn.Identity()
+    # 1×1, which mixes channels: (N, inplanes, H, W) → (N, outplanes, ⌈H/stride⌉, ⌈W/stride⌉).
+    projection = nn.Conv2d(inplanes, outplanes, 1, stride=stride, bias=False)
+    return nn.Sequential(projection, nn.BatchNorm2d(outplanes))
+
+
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions and a shortcut around them (He 2015a, fig. 5 left).
 
-    (N, inplanes, H, W) → (N, planes, ⌈H/stride⌉, ⌈W/stride⌉); planes are channels. Where the two
-    shapes differ, ``downsample`` takes the shortcut from one to the other (eq. 2).
+    (N, inplanes, H, W) → (N, planes, ⌈H/stride⌉, ⌈W/stride⌉); planes are channels.
     """
 
-    expansion = 1  # channels that leave the block, divided by planes
+    expansion = 1  # output channels of the block, divided by planes
 
-    def __init__(self, inplanes: int, planes: int, stride: int = 1, downsample=None):
+    def __init__(self, inplanes: int, planes: int, stride: int = 1):
         super().__init__()
         self.conv1 = conv3x3(inplanes, planes, stride)
         self.bn1 = nn.BatchNorm2d(planes)
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = conv3x3(planes, planes)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.downsample = downsample
+        self.downsample = make_shortcut(inplanes, planes, stride)  # torchvision's name for it
 
     def forward(self, x: Tensor) -> Tensor:
         """Return relu(F(x) + shortcut(x)); an identity shortcut passes gradients on unchanged."""
         residual = self.relu(self.bn1(self.conv1(x)))
         residual = self.bn2(self.conv2(residual))
-        shortcut = x if self.downsample is None else self.downsample(x)
         # The last ReLU comes after the sum: if it came before, the residual could only add.
-        return self.relu(residual + shortcut)
-
-
-def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
-    """1×1 convolution, which mixes channels: (N, in, H, W) → (N, out, ⌈H/stride⌉, ⌈W/stride⌉)."""
-    return nn.Conv2d(in_planes, out_planes, 1, stride=stride, bias=False)
+        return self.relu(residual + self.downsample(x))
 
 
 class Bottleneck(nn.Module):
@@ -110,38 +111,36 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, inplanes: int, planes: int, stride: int = 1, downsample=None):
+    def __init__(self, inplanes: int, planes: int, stride: int = 1):
         super().__init__()
-        self.conv1 = conv1x1(inplanes, planes)
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
         # The stride is on the 3×3, which reads all pixels; in the paper it is on the first 1×1,
         # which skips three of four (Goyal 2017, 5.1).
         self.conv2 = conv3x3(planes, planes, stride)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.conv3 = conv1x1(planes, planes * self.expansion)
+        self.conv3 = nn.Conv2d(planes, planes * self.expansion, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(planes * self.expansion)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = downsample
+        self.downsample = make_shortcut(inplanes, planes * self.expansion, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return relu(F(x) + shortcut(x))."""
         residual = self.relu(self.bn1(self.conv1(x)))
         residual = self.relu(self.bn2(self.conv2(residual)))
         residual = self.bn3(self.conv3(residual))
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return self.relu(residual + shortcut)
+        return self.relu(residual + self.downsample(x))
 
 
 class ResNet(nn.Module):
-    """A stem (first convolution and pool), four stages of blocks, a mean, a linear classifier.
+    """A stem (convolution and pool), four stages of blocks, a global mean, a linear classifier.
 
-    ``layers`` is the number of blocks in each stage. The stem "imagenet" shrinks each side to a
+    ``layers`` has the number of blocks in each stage. The stem "imagenet" shrinks each side to a
     quarter, which is cheap; "cifar" keeps all pixels, as for CIFAR-10's 32×32 (He 2015a, 4.2).
     """
 
     def __init__(self, block, layers: list[int], num_classes=10, input_channels=1, stem="imagenet"):
         super().__init__()
-        self.inplanes = 64  # channels that the next block receives
         if stem == "imagenet":
             self.conv1 = nn.Conv2d(input_channels, 64, 7, stride=2, padding=3, bias=False)
             self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
@@ -152,29 +151,21 @@ class ResNet(nn.Module):
             raise ValueError(f"stem {stem!r} is neither 'imagenet' nor 'cifar'")
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = self._make_layer(block, 64, layers[0])
-        self.layer2 = self._make_layer(block, 128, layers[1], stride=2)
-        self.layer3 = self._make_layer(block, 256, layers[2], stride=2)
-        self.layer4 = self._make_layer(block, 512, layers[3], stride=2)
+        self.layer1 = self._make_layer(block, 64, 64, layers[0])
+        self.layer2 = self._make_layer(block, 64 * block.expansion, 128, layers[1], stride=2)
+        self.layer3 = self._make_layer(block, 128 * block.expansion, 256, layers[2], stride=2)
+        self.layer4 = self._make_layer(block, 256 * block.expansion, 512, layers[3], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(512 * block.expansion, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                # A variance of 2/fan-out keeps gradients the same size through ReLUs (He 2015b).
+                # A variance of 2/fan-out keeps the size of gradients through ReLUs (He 2015b).
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def _make_layer(self, block, planes: int, blocks: int, stride: int = 1) -> nn.Sequential:
-        outplanes = planes * block.expansion
-        downsample = None
-        if stride != 1 or self.inplanes != outplanes:
-            # A projection where the shape changes, the identity elsewhere (He 2015a, 4.1 B).
-            projection = conv1x1(self.inplanes, outplanes, stride)
-            downsample = nn.Sequential(projection, nn.BatchNorm2d(outplanes))
-        layer = nn.Sequential(block(self.inplanes, planes, stride, downsample))
-        self.inplanes = outplanes
-        for _ in range(1, blocks):
-            layer.append(block(outplanes, planes))
-        return layer
+    def _make_layer(self, block, inplanes: int, planes: int, blocks: int, stride=1) -> nn.Module:
+        first = block(inplanes, planes, stride)
+        others = [block(planes * block.expansion, planes) for _ in range(1, blocks)]
+        return nn.Sequential(first, *others)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits: (N, C, H, W) → (N, num_classes)."""
@@ -226,8 +217,8 @@ def resnet152(**options: Any) -> ResNet:
 
 # %% 2. Recipe
 #
-# The settings of a run. Each is also a flag: ``lr_factor`` is --lr-factor. Its help stands beside
-# it; where that ends in a colon, the command line adds the choices.
+# The settings of a run, each with a help text. Each is also a flag: ``lr_factor`` is --lr-factor.
+# Where a help text ends in a colon, the command line adds the choices.
 
 
 class UserError(Exception):
@@ -269,21 +260,21 @@ class Recipe:
     weight_decay: float = setting(5e-4, "weight decay of all parameters")
     scheduler: str = setting("plateau", "what lowers the learning rate: ")
     lr_factor: float = setting(0.1, "plateau, step: factor that lowers the learning rate")
-    lr_patience: int = setting(2, "plateau: epochs without a lower validation loss it tolerates")
+    lr_patience: int = setting(2, "plateau: tolerated epochs without a lower validation loss")
     # Late epochs mostly bring tiny gains; these alone should not keep the rate high.
     lr_threshold: float = setting(0.2, "plateau: share by which a loss must be lower to count")
     lr_step: int = setting(5, "step: epochs from one step to the next", low=1)
-    patience: int = setting(5, "epochs without a lower validation loss that end a run", low=1)
+    patience: int = setting(5, "epochs without a lower validation loss that end the run", low=1)
     # Run
     seed: int = setting(0, "fixes split, first weights, order and augmentation")
     precision: str = setting("auto", "fp32, bf16; auto: bf16 where the hardware computes it fast")
 
     def __post_init__(self):
         for entry in fields(self):
-            value, low = getattr(self, entry.name), entry.metadata["low"]
+            value = getattr(self, entry.name)
+            low = entry.metadata["low"]
             kind = type(entry.default)
-            kinds = (int, float) if kind is float else (kind,)
-            if type(value) not in kinds:
+            if type(value) is not kind and not (kind is float and type(value) is int):
                 raise UserError(f"{entry.name} must be {kind.__name__}, not {value!r:.50}")
             if kind in (int, float) and not low <= value <= 2**32:
                 raise UserError(f"{entry.name} is {value}, not from {low} to {2**32}")
@@ -294,8 +285,6 @@ def explaining(message: str) -> Iterator[None]:
     """Turn any error into a UserError: this message, and the first line of the error's own."""
     try:
         yield
-    except UserError:
-        raise  # already explained
     except Exception as error:
         words = str(error).strip() or type(error).__name__
         raise UserError(f"{message}: {words.splitlines()[0]}") from error
@@ -310,10 +299,10 @@ def look_up(table: dict[str, Any], name: str, what: str) -> Any:
 
 # %% 3. Data
 #
-# MNIST is 55 MB of bytes, so it lives as uint8 tensors on the device that trains. A batch is taken
-# by an index, then made float, augmented and normalized as a whole, in little time.
+# MNIST has only 55 MB, so all of it stays as uint8 tensors on the device that trains. A batch is
+# picked by index, then converted to float, augmented and normalized as a whole, which is fast.
 
-# Channels, pixels per side, and the stem of "auto". gray28 takes a 17th of rgb32's FLOPs.
+# Channels, pixels per side, and the stem that "auto" means. gray28 takes a 17th of rgb32's FLOPs.
 INPUTS = {"gray28": (1, 28, "imagenet"), "rgb32": (3, 32, "cifar")}
 
 # Mean and standard deviation of the pixels of the training images, scaled to 0–1.
@@ -350,7 +339,7 @@ def split_by_class(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Te
     """Return shuffled indices (train, validation), split in the same ratio in each class."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     by_class = order[labels[order].argsort(stable=True)]
-    # In a list sorted by class, every twelfth image, say, makes a twelfth of each class.
+    # In a list sorted by class, every twelfth image, say, gives a twelfth of each class.
     evenly = torch.arange(val_size) * len(labels) // max(val_size, 1)
     held_out = torch.isin(order, by_class[evenly])
     return order[~held_out], order[held_out]
@@ -362,7 +351,7 @@ def distort(images: Tensor, draws: Tensor, recipe: Recipe) -> Tensor:
     angle = math.radians(recipe.rotate) * draws[0, :, 0]
     dx, dy = 2 * recipe.shift * draws[0, :, 1:].T  # in coordinates from -1 to 1
     wide, slant, high = recipe.stretch * draws[1].T
-    # theta says at which input position (x, y) an output position reads.
+    # theta maps each output position to the input position (x, y) that it reads.
     x_row = torch.stack([angle.cos() + wide, slant - angle.sin(), dx], dim=1)
     y_row = torch.stack([angle.sin(), angle.cos() + high, dy], dim=1)
     theta = torch.stack([x_row, y_row], dim=1)  # (N, 2, 3)
@@ -404,10 +393,9 @@ class TensorLoader:
         mean, std = look_up(STATISTICS, self.recipe.normalize, "normalize")
         order = torch.arange(n)
         if self.train:  # drawn on the CPU, so that the numbers do not depend on the device
-            order = torch.randperm(n)
-            draws = 2 * torch.rand(2, n, 3).to(self.images.device) - 1
             # All processes draw the same order; each takes a different part of the same size.
-            order = order[RANK::WORLD_SIZE][: n // WORLD_SIZE]
+            order = torch.randperm(n)[RANK::WORLD_SIZE][: n // WORLD_SIZE]
+            draws = 2 * torch.rand(2, n, 3).to(self.images.device) - 1
         batches = order.to(self.images.device).split(self.batch_size)
         for index in batches[: len(self)]:
             x = TF.resize(self.images[index], [size, size]).float() / 255  # (B, 1, S, S)
@@ -423,14 +411,14 @@ class MNISTDataLoader:
 
     def __init__(self, data_dir: str | Path = "data", recipe: Recipe | None = None, **changes: Any):
         recipe = replace(recipe or Recipe(), **changes)
-        on_test = look_up({"val": False, "test": True}, recipe.select_on, "select_on")
         images, labels, *test = look_up(READERS, recipe.dataset, "dataset")(data_dir)
-        val_size = 0 if on_test else (recipe.val_size or len(labels) // 12)
+        val_size = 0 if recipe.select_on == "test" else (recipe.val_size or len(labels) // 12)
         train, val = split_by_class(labels, val_size, recipe.seed)
         train = train[: recipe.limit or None]
         self.train = TensorLoader(images[train], labels[train], recipe, train=True)
         self.test = TensorLoader(*test, recipe)
-        self.val = self.test if on_test else TensorLoader(images[val], labels[val], recipe)
+        loaders = {"val": TensorLoader(images[val], labels[val], recipe), "test": self.test}
+        self.val = look_up(loaders, recipe.select_on, "select_on")
         if len(self.test) == 0:  # as in Kaggle's data
             self.test = self.val
         if len(self.train) == 0 or len(self.val) == 0:
@@ -444,7 +432,7 @@ class MNISTDataLoader:
 # %% 4. Device
 #
 # bfloat16 keeps the exponent of float32 in half the bytes, so small gradients do not vanish as they
-# do in float16. Its numbers have two to three digits. Hardware with units for it is faster.
+# do in float16. It has only two to three digits, but is faster on hardware that supports it.
 
 
 def pick_device(name: str | torch.device | None = None) -> torch.device:
@@ -455,7 +443,7 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
             if WORLD_SIZE > 1 and device.type == "cuda":  # from here on, "cuda" is this GPU
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             card = torch.cuda.get_device_name(device) if device.type == "cuda" else name
-        # Only computing tells: this PyTorch may lack kernels for an old or a new card.
+        # Only a computation can tell: this PyTorch may lack kernels for an old or a new card.
         with explaining(f"this PyTorch cannot compute on {card}; --device cpu works"):
             (torch.ones(1, device=device) + 1).item()
         return device
@@ -470,7 +458,7 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """Turn "auto" into "bf16" where the hardware is known to compute it, or else into "fp32"."""
+    """Turn "auto" into "bf16" where the hardware is known to compute it fast, else into "fp32"."""
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # empty before PyTorch 2.11
     fast = device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     if device.type == "cuda":
@@ -749,7 +737,6 @@ def compute_accuracy(model: nn.Module, loader, device=None) -> float:
 # Each plot_…() function returns a matplotlib figure, which a notebook shows.
 
 from matplotlib.figure import Figure
-from torch.nn.modules.module import register_module_forward_hook
 
 BLUE, VERMILION = "#0072B2", "#D55E00"  # which color-blind eyes can tell apart (Okabe and Ito)
 BARE = {"xticks": [], "yticks": [], "frame_on": False}  # the look of axes that show an image
@@ -758,15 +745,11 @@ BARE = {"xticks": [], "yticks": [], "frame_on": False}  # the look of axes that 
 def confusion_matrix(results: dict) -> Tensor:
     """Return how often each digit (row) was read as each digit (column) in evaluate()'s results."""
     classes = results["probabilities"].shape[1]
-    pairs = results["labels"] * classes + results["predictions"]
-    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+    return F.one_hot(results["labels"], classes).T @ F.one_hot(results["predictions"], classes)
 
 
 def classification_report(results: dict) -> str:
-    """Return precision, recall and F1 (%) of each digit, as text.
-
-    The macro average counts each digit once, the weighted one each image.
-    """
+    """Return precision, recall, F1 (%) as text: per digit, averaged over digits and over images."""
     matrix = confusion_matrix(results)
     hits, images, predicted = matrix.diag(), matrix.sum(dim=1), matrix.sum(dim=0)
     # Precision divides hits by what was predicted, recall by what is there, F1 by the mean of both.
@@ -789,9 +772,9 @@ def new_figure(rows: int, columns: int, width: float, height: float, title: str 
     return figure, figure.subplots(rows, columns, squeeze=False, subplot_kw=look)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, folder: str | Path, name: str) -> None:
     """Write a figure as PNG, whole or not at all."""
-    with replacing(path) as file:
+    with replacing(Path(folder, name)) as file:
         figure.savefig(file, format="png", dpi=110)
 
 
@@ -825,7 +808,7 @@ def plot_curves(history: dict[str, list], title: str = "") -> Figure:
 def plot_confusion_matrix(results: dict, title: str = "") -> Figure:
     """Draw the counts of true against predicted digits."""
     matrix = confusion_matrix(results)
-    shade = matrix.float().log1p()  # logarithms: mistakes are a thousandth of the diagonal
+    shade = matrix.log1p()  # logarithms: mistakes are a thousandth of the diagonal
     figure, axes = new_figure(1, 1, 6.4, 6.8, title)
     axis = axes[0, 0]
     axis.imshow(shade.numpy(), cmap="Blues", vmax=2 * shade.max())  # pale, to keep text legible
@@ -868,32 +851,29 @@ def plot_feature_maps(model: ResNet, image: Tensor, title: str = "") -> Figure:
 
 def visualize_results(model, loader, results: dict, history: dict, run_dir, title="") -> None:
     """Save a run's pictures; ``results`` are evaluate()'s of this loader."""
-    folder = Path(run_dir)
     images = torch.cat([images for images, _ in loader]).cpu()
-    labels = results["labels"]
     surest = results["probabilities"].amax(dim=1).argsort(descending=True).tolist()
-    wrong = [number for number in surest if labels[number] != results["predictions"][number]]
+    wrong = [n for n in surest if results["labels"][n] != results["predictions"][n]]
     first = f"{title}\nthe first images"
-    right = f"{title}\n{results['accuracy']:.2f} % of {len(labels):,} images right"
+    right = f"{title}\n{results['accuracy']:.2f} % of {len(images):,} images right"
     mistakes = f"{title}\nthe most confident of {len(wrong)} mistakes"
-    save_figure(plot_curves(history, title), folder / "curves.png")
-    save_figure(plot_confusion_matrix(results, right), folder / "confusion_matrix.png")
-    save_figure(plot_digits(images, results, range(len(labels)), first), folder / "predictions.png")
-    save_figure(plot_digits(images, results, wrong, mistakes), folder / "mistakes.png")
+    save_figure(plot_curves(history, title), run_dir, "curves.png")
+    save_figure(plot_confusion_matrix(results, right), run_dir, "confusion_matrix.png")
+    save_figure(plot_digits(images, results, range(len(images)), first), run_dir, "predictions.png")
+    save_figure(plot_digits(images, results, wrong, mistakes), run_dir, "mistakes.png")
     if hasattr(model, "get_feature_maps"):
-        save_figure(plot_feature_maps(model, images[:1], title), folder / "feature_maps.png")
+        save_figure(plot_feature_maps(model, images[:1], title), run_dir, "feature_maps.png")
 
 
 @torch.no_grad()
 def list_layers(model: nn.Module, image: Tensor) -> list[dict[str, Any]]:
     """Send one image (1, C, H, W) through the model; return its layers in running order.
 
-    Each has a name, the shape of its output, parameters (with those of the batch norm behind it),
-    FLOPs (a multiply-add is two; in the paper, one) and the share of live weights, which can meet
-    a pixel.
+    Each has a name, output shape, parameters (with those of the batch norm behind it), FLOPs (a
+    multiply-add is two; in the paper, one) and the share of live weights, which can meet a pixel.
     """
     calls, layers = [], []
-    with register_module_forward_hook(lambda *call: calls.append(call)):
+    with nn.modules.module.register_module_forward_hook(lambda *call: calls.append(call)):
         model.eval()(image)
     names = {module: name for name, module in model.named_modules()}
     for module, inputs, y in calls:
@@ -962,18 +942,15 @@ def draw_synthetic_digits(data_dir=None, train_size: int = 6000, test_size: int 
     return images[:train_size], labels[:train_size], images[train_size:], labels[train_size:]
 
 
-def read_kaggle_table(path: str | Path, labelled: bool) -> tuple[Tensor, Tensor]:
-    """Read a CSV of Kaggle's Digit Recognizer: images (N, 28, 28) uint8, labels (N,) or zeros."""
+def read_kaggle(data_dir, name="train.csv", labelled=True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Read a CSV of Kaggle's Digit Recognizer; return tensors as read_mnist(), labels or zeros."""
+    path = Path(data_dir, name)
     with explaining(f"cannot read {path}"):
         table = np.loadtxt(path, np.uint8, delimiter=",", skiprows=1, ndmin=2)
         labels, pixels = torch.from_numpy(table).split([int(labelled), 784], dim=1)
-    return pixels.reshape(-1, 28, 28), labels.sum(dim=1)  # of one column or none
-
-
-def read_kaggle(data_dir: str | Path) -> tuple:
-    """Read ``data_dir``/train.csv; its competition publishes no labels of the test images."""
-    images, labels = read_kaggle_table(Path(data_dir, "train.csv"), labelled=True)
-    return images, labels, images[:0], labels[:0]
+    images = pixels.reshape(-1, 28, 28)
+    labels = labels.sum(dim=1)  # of one column or none
+    return images, labels, images[:0], labels[:0]  # no labels of test images are published
 
 
 READERS |= {"synthetic": draw_synthetic_digits, "kaggle": read_kaggle}
@@ -1094,16 +1071,14 @@ def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
     return picture, TF.crop(digit[None], *(-corner).int().tolist(), 28, 28)[0]  # which pads with 0
 
 
-def find_images(names: list[str]) -> list[str]:
-    """Return the named files; a folder stands for the images in it, and a wildcard is expanded."""
-    found: list[str] = []
+def find_images(names: list[str]) -> Iterator[str]:
+    """Yield the named files; a folder stands for the images in it, and a wildcard is expanded."""
     for name in names:
         if Path(name).is_dir():
             files = sorted(Path(name).iterdir())
-            found += [str(f) for f in files if f.suffix.lower() in Image.registered_extensions()]
+            yield from (str(f) for f in files if f.suffix.lower() in Image.registered_extensions())
         else:
-            found += sorted(glob.glob(name)) or [name]
-    return found
+            yield from sorted(glob.glob(name)) or [name]
 
 
 def plot_readings(read: dict[str, tuple], probabilities: Tensor) -> Figure:
@@ -1116,8 +1091,7 @@ def plot_readings(read: dict[str, tuple], probabilities: Tensor) -> Figure:
             axis.set(**BARE)
         row[0].set_title(Path(name).name[-28:], fontsize=8, parse_math=False)
         row[1].set_title("as the network saw it", fontsize=8)
-        bars = row[2].bar(range(len(p)), 100 * p, color="silver")
-        bars[p.argmax()].set_color(BLUE)
+        row[2].bar(range(len(p)), 100 * p, color=np.where(p == p.max(), BLUE, "silver"))
         row[2].set(xticks=range(len(p)), ylim=(0, 100), ylabel="probability (%)")
         row[2].set_title(f"read as {p.argmax()}, {100 * p.max():.1f} %", fontsize=8)
     return figure
@@ -1131,10 +1105,9 @@ from torchvision import models
 
 
 def lenet5(num_classes: int = 10, input_channels: int = 1, stem=None) -> nn.Sequential:
-    """LeNet-5 (LeCun 1998, II.B): (N, C, H, W) → (N, num_classes).
+    """LeNet-5 (LeCun 1998, II.B): (N, C, H, W) → (N, num_classes); ``stem`` is not used.
 
-    Simpler than there: C3 reads all maps of S2, pooling has no weights, tanh is not scaled, and the
-    output is linear. ``stem`` is not used.
+    Simpler: C3 reads all of S2, pooling has no weights, tanh is not scaled, the output is linear.
     """
     c1 = nn.Conv2d(input_channels, 6, 5, padding=2)  # (N, 6, 28, 28)
     s2 = nn.Sequential(nn.Tanh(), nn.AvgPool2d(2))  # (N, 6, 14, 14)
@@ -1187,17 +1160,16 @@ def load_weights(model: nn.Module, recipe: Recipe) -> None:
         state = state.get("model", state.get("state_dict", state))  # where checkpoints have it
     target = model.state_dict()
     first = next(iter(target))
-    with explaining(f"{recipe.weights} holds no state dict"):
+    with explaining(f"nothing in {recipe.weights} fits {recipe.model}"):
         channels = target[first].shape[1]
         if first in state and state[first].shape[1] != channels:
             # A gray image then gets the same answer as its RGB copy.
             total = state[first].sum(dim=1, keepdim=True)
             state[first] = total.expand(-1, channels, -1, -1) / channels
         fits = {n: w for n, w in state.items() if n in target and w.shape == target[n].shape}
+        if not fits:
+            raise ValueError(f"it has {list(state)[:2]} ..., not {list(target)[:2]} ...")
         rest = model.load_state_dict(fits, strict=False).missing_keys
-    if not fits:
-        names = f"it has {list(state)[:2]} ..., not {list(target)[:2]} ..."
-        raise UserError(f"nothing in {recipe.weights} fits {recipe.model}: {names}")
     say(f"weights {len(fits)} of {len(state)} tensors loaded, newly initialized: {rest}")
 
 
@@ -1347,12 +1319,12 @@ def command_evaluate(args: argparse.Namespace) -> None:
 
 def command_predict(args: argparse.Namespace) -> int:
     """Read digits from image files, or label Kaggle's test.csv."""
-    names = find_images(args.images)
+    names = list(find_images(args.images))
     if not names and not args.kaggle:
         raise UserError("predict takes image files, a folder of them, or --kaggle and a test.csv")
     path, _, trainer = load_trainer(args.checkpoint, args.device)
     if args.kaggle:
-        loader = TensorLoader(*read_kaggle_table(args.kaggle, labelled=False), trainer.recipe)
+        loader = TensorLoader(*read_kaggle("", args.kaggle, labelled=False)[:2], trainer.recipe)
         table = list(enumerate(trainer.test(loader)["predictions"].tolist(), start=1))
         solution = path.with_name("solution.csv")
         with replacing(solution) as file:
@@ -1370,7 +1342,7 @@ def command_predict(args: argparse.Namespace) -> int:
         probabilities = trainer.test(loader)["probabilities"]
         for name, p in zip(read, probabilities, strict=True):
             say(f"{p.argmax()}  {100 * p.max():6.2f} %  {name}")
-        save_figure(plot_readings(read, probabilities), path.with_name("predict.png"))
+        save_figure(plot_readings(read, probabilities), path.parent, "predict.png")
         say(f"what the network saw: {path.with_name('predict.png')}")
     return 0 if read.keys() == set(names) else 2
 
