@@ -299,8 +299,8 @@ def look_up(table: dict[str, Any], name: str, what: str) -> Any:
 
 # %% 3. Data
 #
-# MNIST has only 55 MB, so all of it stays as uint8 tensors on the device that trains. A batch is
-# picked by index, then converted to float, augmented and normalized as a whole, which is fast.
+# MNIST has only 55 MB, so it stays in memory as uint8 tensors, the training images on the device. A
+# batch is picked by index, then converted to float, augmented and normalized as a whole.
 
 # Channels, pixels per side, and the stem that "auto" means. gray28 takes a 17th of rgb32's FLOPs.
 INPUTS = {"gray28": (1, 28, "imagenet"), "rgb32": (3, 32, "cifar")}
