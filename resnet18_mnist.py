@@ -57,19 +57,19 @@ from torchvision.transforms.v2 import functional as TF
 #
 # In a plain network, a few layers learn a mapping H(x). In a residual network, they learn only its
 # difference from their input, F(x) = H(x) - x, and x is added back: y = F(x) + x (He 2015a, eq. 1).
-# If the identity is nearly right, small weights are enough. So more layers need not make training
-# worse, as they do in plain networks (fig. 1). Layers have torchvision's names and order, so that
-# state dicts are interchangeable.
+# Where H is nearly the identity, small weights are enough. So more layers need not harm training,
+# as they do in plain networks (fig. 1). Layers have torchvision's names and order, so that state
+# dicts are interchangeable.
 
 
-def conv3x3(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
+def conv3x3(inplanes: int, outplanes: int, stride: int = 1) -> nn.Conv2d:
     """3×3 convolution with padding 1: (N, in, H, W) → (N, out, ⌈H/stride⌉, ⌈W/stride⌉)."""
     # No bias: the batch norm after it subtracts the mean, and any bias with it (Ioffe 2015, 3.2).
-    return nn.Conv2d(in_planes, out_planes, 3, stride=stride, padding=1, bias=False)
+    return nn.Conv2d(inplanes, outplanes, 3, stride=stride, padding=1, bias=False)
 
 
 def make_shortcut(inplanes: int, outplanes: int, stride: int) -> nn.Module:
-    """Return the identity or, where the shape changes, a projection (He 2015a, eq. 2, 4.1 B)."""
+    """Return the identity or, where the shape changes, a projection (He 2015a, eq. 2, option B)."""
     if stride == 1 and inplanes == outplanes:
         return nn.Identity()
     # 1×1, which mixes channels: (N, inplanes, H, W) → (N, outplanes, ⌈H/stride⌉, ⌈W/stride⌉).
@@ -116,7 +116,7 @@ class Bottleneck(nn.Module):
         self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
         # The stride is on the 3×3, which reads all pixels; in the paper it is on the first 1×1,
-        # which skips three of four (Goyal 2017, 5.1).
+        # which then skips three of four (Goyal 2017, 5.1).
         self.conv2 = conv3x3(planes, planes, stride)
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv3 = nn.Conv2d(planes, planes * self.expansion, 1, bias=False)
@@ -242,7 +242,7 @@ class Recipe:
     weights: str = setting("", "weights to start from: imagenet, or a file")
     freeze: str = setting("", "parts that keep their weights, as in conv1,bn1,layer1")
     # Data
-    dataset: str = setting("mnist", "what to read; if not given and MNIST is missing, synthetic: ")
+    dataset: str = setting("mnist", "data set (synthetic if not given and MNIST is missing): ")
     normalize: str = setting("mnist", "data set whose mean and deviation normalize the pixels: ")
     val_size: int = setting(0, "training images held out for validation; 0: a twelfth")
     select_on: str = setting("val", "val, or test: choose the epoch on the test set (optimistic)")
@@ -282,7 +282,7 @@ class Recipe:
 
 @contextmanager
 def explaining(message: str) -> Iterator[None]:
-    """Turn any error into a UserError: this message, and the first line of the error's own."""
+    """Turn any error into a UserError: this message, then the first line of the error's."""
     try:
         yield
     except Exception as error:
@@ -350,9 +350,9 @@ def distort(images: Tensor, draws: Tensor, recipe: Recipe) -> Tensor:
     # torchvision's transforms would give one draw to the whole batch.
     angle = math.radians(recipe.rotate) * draws[0, :, 0]
     dx, dy = 2 * recipe.shift * draws[0, :, 1:].T  # in coordinates from -1 to 1
-    wide, slant, high = recipe.stretch * draws[1].T
+    wide, shear, high = recipe.stretch * draws[1].T
     # theta maps each output position to the input position (x, y) that it reads.
-    x_row = torch.stack([angle.cos() + wide, slant - angle.sin(), dx], dim=1)
+    x_row = torch.stack([angle.cos() + wide, shear - angle.sin(), dx], dim=1)
     y_row = torch.stack([angle.sin(), angle.cos() + high, dy], dim=1)
     theta = torch.stack([x_row, y_row], dim=1)  # (N, 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
@@ -373,11 +373,11 @@ class TensorLoader:
     def __init__(self, images: Tensor, labels: Tensor, recipe: Recipe, train: bool = False):
         self.images, self.labels = images[:, None], labels
         self.recipe, self.train = recipe, train
-        share = max(2, recipe.batch_size // WORLD_SIZE)  # of this process; 2 or more, see __len__()
+        share = max(2, recipe.batch_size // WORLD_SIZE)  # of this process; batch norm needs two
         self.batch_size = share if train else 250  # in evaluation it affects only the speed
 
     def to(self, device: torch.device | str) -> TensorLoader:
-        """Move all images to ``device``, once."""
+        """Move images and labels to ``device``, once."""
         self.images, self.labels = self.images.to(device), self.labels.to(device)
         return self
 
@@ -459,8 +459,8 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
 
 def pick_precision(name: str, device: torch.device) -> str:
     """Turn "auto" into "bf16" where the hardware is known to compute it fast, else into "fp32"."""
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # empty before PyTorch 2.11
-    fast = device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # empty before PyTorch 2.11
+    fast = device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16"))
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere, 2020, or newer
     choices = {"auto": "bf16" if fast else "fp32", "fp32": "fp32", "bf16": "bf16"}
@@ -471,7 +471,7 @@ def pick_precision(name: str, device: torch.device) -> str:
 #
 # train_one_epoch() and evaluate() are the core. ResNetTrainer repeats them until nothing improves
 # any more, and saves after each epoch what it needs to go on. A resumed run ends with the same bits
-# as one that was never stopped, on the same CPU with as many threads.
+# as one that was never stopped, on the same CPU with as many threads and processes.
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -505,7 +505,7 @@ def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", 
         with context:
             logits = model(images)  # (N, 10)
             loss = F.cross_entropy(logits, labels)
-        # Gradients add up to their mean; an incomplete last group makes a smaller step.
+        # Gradients add up to their mean; in an incomplete last group, to less.
         (loss / accumulate).backward()
         if step % accumulate == 0 or step == len(loader):
             optimizer.step()
@@ -516,7 +516,7 @@ def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", 
         correct = (logits.argmax(dim=1) == labels).sum()
         totals += torch.stack([loss.detach() * len(labels), correct])
         seen += len(labels)
-        # item() waits until the device has computed the number; each half second will do.
+        # item() waits for the device, so the loop calls it only every half second.
         if time.perf_counter() - looked > 0.5 or step == len(loader):
             looked = time.perf_counter()
             mean_loss = totals[0].item() / seen
@@ -610,8 +610,8 @@ def best_epoch(history: dict[str, list]) -> int:
 class ResNetTrainer:
     """Trains and tests a classifier; parameters with requires_grad=False stay as they are.
 
-    ``device`` None picks the best. The recipe's settings of network and data are not used, since
-    both are given. ``run_dir`` receives best.pt, last.pt and history.csv; None writes nothing.
+    ``device`` None picks the best. The recipe's network, data and batch_size are not used. Files go
+    to ``run_dir``; with None, as in all processes but the first, nothing is written.
     """
 
     def __init__(self, model: nn.Module, device=None, recipe: Recipe | None = None, run_dir=None):
@@ -619,7 +619,7 @@ class ResNetTrainer:
         self.run_dir = Path(run_dir) if run_dir else None
         self.device = pick_device(device)
         self.precision = pick_precision(self.recipe.precision, self.device)
-        # A memory order that is faster; on mps it gave wrong gradients (PyTorch 175189).
+        # A memory order that is faster; on mps it gave wrong gradients (PyTorch issue 175189).
         layout = torch.preserve_format if self.device.type == "mps" else torch.channels_last
         self.model = model.to(self.device, memory_format=layout)
 
@@ -651,7 +651,7 @@ class ResNetTrainer:
                 self.history, self.best_weights = resume["history"], resume["model"]  # the best
         ddp_model = self.model
         if WORLD_SIZE > 1:
-            # Each process trains on its share of every batch, and its batch norms see only that.
+            # Each process trains on its share of every batch, which alone its batch norms see.
             # DDP averages the gradients, so all processes take the same steps.
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             ddp_model = DistributedDataParallel(self.model)
