@@ -9,7 +9,7 @@
     python resnet18_mnist.py predict digit.png  read a digit from a photo or a drawing
     python resnet18_mnist.py describe           each layer's shape, parameters and FLOPs
 
-Whoever stops after section 5, at line 732, has read how a ResNet is built and trained. Each section
+Whoever stops after section 5, at line 729, has read how a ResNet is built and trained. Each section
 is a notebook cell that needs only the ones above it:
 
     1  Network       the residual block, and five depths built from it
@@ -522,7 +522,7 @@ def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", 
             mean_loss = totals[0].item() / seen
             if not math.isfinite(mean_loss):
                 raise UserError(f"the loss became {mean_loss} by step {step}: try a lower --lr")
-            if sys.stdout.isatty():  # a live line, which the next one overwrites
+            if sys.stdout and sys.stdout.isatty():  # a live line, which the next one overwrites
                 say(f"batch {step}/{len(loader)}  loss {mean_loss:.4f}\033[K", end="\r")
     if WORLD_SIZE > 1:
         dist.all_reduce(totals)  # the sum over all processes, which see equally many images
@@ -585,7 +585,7 @@ def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, group
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
     # Since padding is 1, the center tap meets the first pixel; those after it meet the rest.
     taps = weight[:, :, 1 : 1 + height, 1 : 1 + width]
-    return F.linear(input.flatten(1), taps.flatten(1), bias)[:, :, None, None]
+    return F.linear(input.flatten(-3), taps.flatten(1), bias)[..., None, None]
 
 
 @contextmanager
@@ -653,7 +653,8 @@ class ResNetTrainer:
         if WORLD_SIZE > 1:
             # Each process trains on its share of every batch, which alone its batch norms see.
             # DDP averages the gradients, so all processes take the same steps.
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            if not dist.is_initialized():
+                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             ddp_model = DistributedDataParallel(self.model)
         self._save()  # a run killed in epoch 1 can be resumed, too
         say("epoch  train loss       %   val loss       %        lr       s")
@@ -662,8 +663,6 @@ class ResNetTrainer:
                 say(f"stopped early: no lower loss for {recipe.patience} epochs")
                 break
             self._run_epoch(epoch, ddp_model, train_loader, val_loader)
-        if WORLD_SIZE > 1:
-            dist.destroy_process_group()
         self.model.load_state_dict(self.best_weights)
         self.model.eval()
         return self.history
@@ -675,8 +674,7 @@ class ResNetTrainer:
         learning_rate = optimizer.param_groups[0]["lr"]
         accumulate = self.recipe.accumulate
         # nn.Conv2d calls F.conv2d(): during the epoch, a faster function takes its place.
-        faster = mock.patch.object(F, "conv2d", fast_conv2d)
-        with torch.random.fork_rng(devices=[]), faster:
+        with torch.random.fork_rng(devices=[]), mock.patch.object(F, "conv2d", fast_conv2d):
             # Order and augmentation, drawn on the CPU, follow from seed and epoch alone, so a
             # resumed run need not know what was drawn before. Devices' generators are left alone.
             torch.default_generator.manual_seed(self.recipe.seed * 1_000_003 + epoch)
@@ -711,9 +709,8 @@ class ResNetTrainer:
         for name in ("model", "optimizer", "scheduler"):  # where training goes on
             state[f"last_{name}"] = getattr(self, name).state_dict()
         with replacing(self.run_dir / "history.csv") as path, open(path, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(self.history)  # the names of its columns
-            writer.writerows(zip(*self.history.values(), strict=True))
+            rows = zip(*self.history.values(), strict=True)
+            csv.writer(file).writerows([self.history, *rows])  # first the names of its columns
         with replacing(self.run_dir / "last.pt") as file:
             torch.save(state, file)
 
@@ -745,7 +742,8 @@ BARE = {"xticks": [], "yticks": [], "frame_on": False}  # the look of axes that 
 def confusion_matrix(results: dict) -> Tensor:
     """Return how often each digit (row) was read as each digit (column) in evaluate()'s results."""
     classes = results["probabilities"].shape[1]
-    return F.one_hot(results["labels"], classes).T @ F.one_hot(results["predictions"], classes)
+    pairs = results["labels"] * classes + results["predictions"]
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
 def classification_report(results: dict) -> str:
@@ -916,7 +914,6 @@ def visualize_model_architecture(model: nn.Module, image_size: int = 28) -> None
 #
 # Digits from elsewhere, in MNIST's form: uint8, 28×28, light ink on dark ground.
 
-import glob
 import random
 
 import matplotlib
@@ -1071,16 +1068,6 @@ def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
     return picture, TF.crop(digit[None], *(-corner).int().tolist(), 28, 28)[0]  # which pads with 0
 
 
-def find_images(names: list[str]) -> Iterator[str]:
-    """Yield the named files; a folder stands for the images in it, and a wildcard is expanded."""
-    for name in names:
-        if Path(name).is_dir():
-            files = sorted(Path(name).iterdir())
-            yield from (str(f) for f in files if f.suffix.lower() in Image.registered_extensions())
-        else:
-            yield from sorted(glob.glob(name)) or [name]
-
-
 def plot_readings(read: dict[str, tuple], probabilities: Tensor) -> Figure:
     """Draw the first ten pictures, each beside what the network saw and its probabilities."""
     rows = min(len(read), 10)
@@ -1177,6 +1164,7 @@ def load_weights(model: nn.Module, recipe: Recipe) -> None:
 
 import argparse
 import ctypes
+import glob
 import itertools
 import shutil
 
@@ -1306,6 +1294,8 @@ def command_train(args: argparse.Namespace) -> None:
         if run_dir and not checkpoint and not (run_dir / "best.pt").exists():
             shutil.rmtree(run_dir)  # no epoch was finished: the same command may start again
         raise
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
 
 
 def command_evaluate(args: argparse.Namespace) -> None:
@@ -1319,7 +1309,13 @@ def command_evaluate(args: argparse.Namespace) -> None:
 
 def command_predict(args: argparse.Namespace) -> int:
     """Read digits from image files, or label Kaggle's test.csv."""
-    names = list(find_images(args.images))
+    names = []
+    for name in args.images:
+        if Path(name).is_dir():  # it stands for the images in it
+            files = sorted(Path(name).iterdir())
+            names += [str(f) for f in files if f.suffix.lower() in Image.registered_extensions()]
+        else:  # a file, or a wildcard that the shell did not expand
+            names += sorted(glob.glob(name)) or [name]
     if not names and not args.kaggle:
         raise UserError("predict takes image files, a folder of them, or --kaggle and a test.csv")
     path, _, trainer = load_trainer(args.checkpoint, args.device)
@@ -1372,8 +1368,7 @@ def parse(command: str, arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(usage=USAGE, allow_abbrev=False, exit_on_error=False)
     parser.description = COMMANDS[command].__doc__
     add = parser.add_argument
-    # A network's layers follow from the first four settings.
-    settings = {"train": fields(Recipe), "describe": fields(Recipe)[:4]}
+    settings = {"train": fields(Recipe), "describe": fields(Recipe)[:4]}  # the network's
     for entry in settings.get(command, ()):
         name = entry.name
         kind = type(entry.default)
