@@ -731,7 +731,7 @@ def compute_accuracy(model: nn.Module, loader, device=None) -> float:
 
 # %% 6. Report and pictures
 #
-# Each plot_…() function returns a matplotlib figure, which a notebook shows.
+# Each plot_…() function returns a matplotlib figure; after %matplotlib inline, a notebook shows it.
 
 from matplotlib.figure import Figure
 
@@ -781,9 +781,10 @@ def plot_curves(history: dict[str, list], title: str = "") -> Figure:
     epochs = history["epoch"]
     rates = history["learning_rate"]
     best = best_epoch(history)
-    drops = [epoch for epoch in epochs[:-1] if rates[epoch] < rates[epoch - 1]]  # then it fell
-    if len(drops) > len(rates) / 2:
-        drops = []  # a rate that falls all the time, as onecycle's
+    # Epochs count from 1, so rates[epoch] is the next epoch's.
+    drops = [epoch for epoch in epochs[:-1] if rates[epoch] < rates[epoch - 1]]
+    if max(rates) > rates[0] or len(drops) > len(rates) / 2:
+        drops = []  # a rate that changes all the time, as onecycle's
     figure, axes = new_figure(1, 2, 11, 4.2, title)
     units = {"loss": "nats per image", "accuracy": "%"}
     for axis, (name, unit) in zip(axes[0], units.items(), strict=True):
@@ -818,7 +819,7 @@ def plot_confusion_matrix(results: dict, title: str = "") -> Figure:
 
 
 def plot_digits(images: Tensor, results: dict, chosen: Sequence, title: str = "") -> Figure:
-    """Draw up to 40 images (N, 1, S, S), at the indices ``chosen``; wrong answers are vermilion."""
+    """Draw up to 40 images (N, C, S, S), at the indices ``chosen``; wrong answers are vermilion."""
     rows = min(max(1, math.ceil(len(chosen) / 8)), 5)
     figure, axes = new_figure(rows, 8, 10, 1.65 * rows + 0.7, title, **BARE)
     for axis, number in zip(axes.flat, chosen, strict=False):
@@ -940,7 +941,7 @@ def draw_synthetic_digits(data_dir=None, train_size: int = 6000, test_size: int 
 
 
 def read_kaggle(data_dir, name="train.csv", labelled=True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Read a CSV of Kaggle's Digit Recognizer; return tensors as read_mnist(), labels or zeros."""
+    """Read a CSV of Kaggle's Digit Recognizer like read_mnist(); no labels become zeros."""
     path = Path(data_dir, name)
     with explaining(f"cannot read {path}"):
         table = np.loadtxt(path, np.uint8, delimiter=",", skiprows=1, ndmin=2)
@@ -954,7 +955,7 @@ READERS |= {"synthetic": draw_synthetic_digits, "kaggle": read_kaggle}
 
 
 def mnist_or_synthetic(data_dir: str | Path) -> str:
-    """Return "mnist", or "synthetic" if it cannot be had; if files of it are there, UserError."""
+    """Return "mnist", or "synthetic" if it is missing. UserError if only a part of it is there."""
     try:
         read_mnist(data_dir)
         return "mnist"
@@ -1014,8 +1015,8 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
     if not ink.any():
         return ink
     parts = split_parts(ink > 0)
-    # A large part that fills most of a box, turned or not, and is no 1 is a sheet: look again in
-    # it. Parts that touch the edge are left out if any other has a quarter of the longest side.
+    # A large part that fills most of its box, turned or not, and is no 1 is a sheet: look again in
+    # it. Else parts at the edge are left out if any other is a quarter as long as the longest.
     angles = torch.arange(32) * math.pi / 32
     across = parts[0].nonzero().float() @ torch.stack([angles.cos(), angles.sin()])
     boxes = (across.amax(dim=0) - across.amin(dim=0) + 1).view(2, 16)  # two sides of each
@@ -1027,7 +1028,7 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
     if not is_sheet and (4 * sides[~touches] >= sides.max()).any():
         return ink * parts[~touches].any(dim=0)
     again = find_digit(colors, inside & ~near(~inside | others[touches].any(dim=0), 4))
-    # Unlike a tightly cut digit, a shadow covers a corner, but not all of the height and width.
+    # If nothing is found, keep a tightly cut digit, but no shadow: in a corner, not all across.
     drawn = parts.any(dim=0)
     low, high = drawn.nonzero().aminmax(dim=0)
     fills = (high - low + 5 >= torch.tensor(drawn.shape)).all()
@@ -1122,7 +1123,7 @@ def build_model(recipe: Recipe) -> nn.Module:
 
 
 def read_tensors(path: str | Path) -> dict[str, Any]:
-    """Load onto the CPU what torch.save() wrote, tensors only. Raises UserError, OSError."""
+    """Load onto the CPU what torch.save() wrote; run nothing. Raises UserError, OSError."""
     with open(path, "rb") as file:
         try:
             return dict(torch.load(file, map_location="cpu", weights_only=True))
@@ -1224,7 +1225,7 @@ def start_or_resume(args: argparse.Namespace) -> tuple[ResNetTrainer, MNISTDataL
         recipe = replace(checkpoint["recipe"], **args.changes)
         free = ["patience"] if recipe.scheduler == "onecycle" else ["patience", "epochs"]
         if args.recipe or folder or args.changes.keys() - set(free):
-            raise UserError(f"a resumed run keeps its settings and folder; free: {', '.join(free)}")
+            raise UserError(f"a resumed run keeps its folder and settings except {', '.join(free)}")
         folder = path.parent
     data = MNISTDataLoader(args.data_dir, recipe)
     torch.manual_seed(recipe.seed)
@@ -1384,7 +1385,7 @@ def parse(command: str, arguments: list[str]) -> argparse.Namespace:
     if command == "train":
         add("--recipe", choices=RECIPES, metavar="NAME", help="settings to begin with: %(choices)s")
         add("--output-dir", metavar="DIR", help="folder of the run (default: a new one in runs/)")
-        add("--resume", nargs="?", const="", metavar="RUN", help="go on with it (default: newest)")
+        add("--resume", nargs="?", const="", metavar="RUN", help="continue it (default: newest)")
     if command == "evaluate":
         add("runs", nargs="*", metavar="RUN", help="folder or checkpoint (default: the newest)")
     if command == "predict":
@@ -1421,7 +1422,7 @@ def main(arguments=()) -> int:
     except (UserError, OSError, argparse.ArgumentError) as error:
         print(f"error: {error}", file=sys.stderr)
     except RuntimeError as error:
-        if "memory" not in str(error):
+        if "out of memory" not in str(error) and "tried to allocate" not in str(error):
             raise
         print("error: out of memory; to train, a smaller --batch-size needs less", file=sys.stderr)
     except KeyboardInterrupt:
@@ -1429,6 +1430,6 @@ def main(arguments=()) -> int:
     return 2
 
 
-# In a notebook __name__ is "__main__" as well, but there is no __file__: nothing starts by itself.
-if __name__ == "__main__" and "__file__" in globals():
+# Nothing starts in a notebook: there __name__ is "__main__", too, but most have no __file__.
+if __name__ == "__main__" and "__file__" in globals() and "get_ipython" not in globals():
     sys.exit(main(sys.argv[1:]))
