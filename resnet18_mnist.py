@@ -9,7 +9,7 @@
     python resnet18_mnist.py predict digit.png  read a digit from a photo or a drawing
     python resnet18_mnist.py describe           each layer's shape, parameters and FLOPs
 
-Whoever stops after section 5, at line 729, has read how a ResNet is built and trained. Each section
+Whoever stops after section 5, at line 731, has read how a ResNet is built and trained. Each section
 is a notebook cell that needs only the ones above it:
 
     1  Network       the residual block, and five depths built from it
@@ -643,12 +643,14 @@ class ResNetTrainer:
             self.optimizer = look_up(OPTIMIZERS, recipe.optimizer, "optimizer")(trainable, recipe)
             make_scheduler = look_up(SCHEDULERS, recipe.scheduler, "scheduler")
             self.scheduler = make_scheduler(self.optimizer, updates, recipe)
-        self.history, self.best_weights = {"epoch": []}, {}
+        self.history = {"epoch": []}
+        self.best_weights = {}
         if resume:
             with explaining("this cannot be resumed; the last.pt of a run can"):
                 for name in ("model", "optimizer", "scheduler"):
                     getattr(self, name).load_state_dict(resume[f"last_{name}"])
-                self.history, self.best_weights = resume["history"], resume["model"]  # the best
+                self.history = resume["history"]
+                self.best_weights = resume["model"]
         ddp_model = self.model
         if WORLD_SIZE > 1:
             # Each process trains on its share of every batch, which alone its batch norms see.
@@ -1215,7 +1217,8 @@ def load_trainer(run: str | None, device: str | None) -> tuple[Path, dict[str, A
 
 def start_or_resume(args: argparse.Namespace) -> tuple[ResNetTrainer, MNISTDataLoader, dict]:
     """Return the trainer and the data of a run, and the checkpoint it goes on from, if any."""
-    folder, checkpoint = args.output_dir, {}
+    folder = args.output_dir
+    checkpoint: dict[str, Any] = {}
     if args.resume is None:
         recipe = replace(RECIPES[args.recipe or "plateau"], **args.changes)
         if recipe.dataset == "mnist" and "dataset" not in args.changes:
@@ -1275,7 +1278,9 @@ epoch {epoch}, selected on the {chosen_on}: loss {loss:.4f}, {accuracy:.2f} %
 def command_train(args: argparse.Namespace) -> None:
     """Train a ResNet on MNIST, test it, and draw how it went."""
     trainer, data, checkpoint = start_or_resume(args)
-    recipe, run_dir, device = trainer.recipe, trainer.run_dir, trainer.device
+    recipe = trainer.recipe
+    run_dir = trainer.run_dir
+    device = trainer.device
     sizes = [f"{len(loader.labels):,}" for loader in (data.train, data.val, data.test)]
     parameters = sum(p.numel() for p in trainer.model.parameters())
     threads = torch.get_num_threads()  # which the last bits of a result depend on
