@@ -9,17 +9,17 @@
     python resnet18_mnist.py predict digit.png  read a digit from a photo or a drawing
     python resnet18_mnist.py describe           each layer's shape, parameters and FLOPs
 
-Whoever stops after section 5, at line 731, has read how a ResNet is built and trained. Each section
+Whoever stops after section 5, at line 732, has read how a ResNet is built and trained. Each section
 is a notebook cell that needs only the ones above it:
 
     1  Network       the residual block, and five depths built from it
     2  Recipe        every setting of a run, with its default
     3  Data          70,000 digits as tensors, from which batches are made
-    4  Device        where to compute, and in which number format
+    4  Device        where to compute, in which number format; a faster convolution
     5  Training      the loop, evaluation, early stopping, checkpoints
     6  Report        and pictures: curves, mistakes, feature maps, a table of the layers
     7  Other digits  synthetic ones, Kaggle's tables, your own images
-    8  Other nets    LeNet-5, plain networks, weights to start from
+    8  Other nets    LeNet-5, plain networks; weights of files and runs
     9  Command line  train, evaluate, predict, describe
 
 Sources: He 2015a, Deep Residual Learning for Image Recognition, arXiv:1512.03385. He 2015b, Delving
@@ -467,11 +467,29 @@ def pick_precision(name: str, device: torch.device) -> str:
     return look_up(choices, name, "precision")
 
 
+def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
+    """Do what F.conv2d() does, faster for a 3×3 convolution whose output is a single position.
+
+    Only the speed changes, so skip this at a first reading. On a 1×1 map, or with stride 2 on 2×2,
+    most of the nine taps meet padding only. Without them the same sum is a matrix product, which
+    halves a step's time (gray28, ResNet-18, CPU, float32).
+    """
+    is_conv3x3 = weight.shape[2:] == (3, 3) and padding == dilation == (1, 1) and groups == 1
+    height, width = input.shape[-2:]
+    has_one_output = stride in ((1, 1), (2, 2)) and max(height, width) <= stride[0]
+    if not (is_conv3x3 and has_one_output):
+        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    # Since padding is 1, the center tap meets the first pixel; those after it meet the rest.
+    taps = weight[:, :, 1 : 1 + height, 1 : 1 + width]
+    return F.linear(input.flatten(-3), taps.flatten(1), bias)[..., None, None]
+
+
 # %% 5. Training
 #
-# train_one_epoch() and evaluate() are the core. ResNetTrainer repeats them until nothing improves
-# any more, and saves after each epoch what it needs to go on. A resumed run ends with the same bits
-# as one that was never stopped, on the same CPU with as many threads and processes.
+# train_one_epoch() and evaluate() are the core. ResNetTrainer repeats them: each epoch's validation
+# loss tells which weights to keep, when to lower the learning rate, and when to stop. After each
+# epoch it saves what it needs to go on. A resumed run ends with the same bits as one that was never
+# stopped, on the same CPU with as many threads and processes.
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -569,23 +587,6 @@ SCHEDULERS: dict[str, Callable] = {
     "onecycle": lambda o, n, r: OneCycleLR(o, r.lr, r.epochs * n, cycle_momentum=False),
     "none": lambda o, n, r: ConstantLR(o, factor=1),
 }
-
-
-def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
-    """Do what F.conv2d() does, faster for a 3×3 convolution whose output is a single position.
-
-    Only the speed changes, so skip this at a first reading. On a 1×1 map, or with stride 2 on 2×2,
-    most of the nine taps meet padding only. Without them the same sum is a matrix product, which
-    halves a step's time (gray28, ResNet-18, CPU, float32).
-    """
-    is_conv3x3 = weight.shape[2:] == (3, 3) and padding == dilation == (1, 1) and groups == 1
-    height, width = input.shape[-2:]
-    has_one_output = stride in ((1, 1), (2, 2)) and max(height, width) <= stride[0]
-    if not (is_conv3x3 and has_one_output):
-        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    # Since padding is 1, the center tap meets the first pixel; those after it meet the rest.
-    taps = weight[:, :, 1 : 1 + height, 1 : 1 + width]
-    return F.linear(input.flatten(-3), taps.flatten(1), bias)[..., None, None]
 
 
 @contextmanager
@@ -866,6 +867,32 @@ def visualize_results(model, loader, results: dict, history: dict, run_dir, titl
         save_figure(plot_feature_maps(model, images[:1], title), run_dir, "feature_maps.png")
 
 
+def report_run(trainer: ResNetTrainer, data: MNISTDataLoader, history: dict) -> None:
+    """Test the best epoch's network and report; write report and pictures if it has a folder."""
+    recipe, run_dir = trainer.recipe, trainer.run_dir
+    results = trainer.test(data.test)
+    epoch = best_epoch(history)
+    loss, accuracy = history["val_loss"][epoch - 1], history["val_accuracy"][epoch - 1]
+    chosen_on = "validation set" if recipe.select_on == "val" else "TEST SET, which is optimistic"
+    # Where no test images have labels, as in Kaggle's data, .test is .val.
+    tested = "validation" if recipe.select_on == "val" and data.test is data.val else "test"
+    scores = f"{tested} loss {results['loss']:.4f}, {tested} accuracy {results['accuracy']:.2f} %"
+    correct = (results["predictions"] == results["labels"]).sum()
+    report = f"""{recipe.model}, {recipe.input}, dataset {recipe.dataset}, seed {recipe.seed}
+epoch {epoch}, selected on the {chosen_on}: loss {loss:.4f}, {accuracy:.2f} %
+{scores} ({correct:,} of {len(data.test.labels):,} images)
+
+{classification_report(results)}
+"""
+    say(f"\n{report}")
+    if run_dir:
+        with replacing(run_dir / "report.txt") as file:
+            file.write_bytes(report.encode())
+        title = f"{recipe.model}, {recipe.input}, {recipe.dataset}"
+        visualize_results(trainer.model, data.test, results, history, run_dir, title)
+        say(f"weights, history, report and pictures: {run_dir}")
+
+
 @torch.no_grad()
 def list_layers(model: nn.Module, image: Tensor) -> list[dict[str, Any]]:
     """Send one image (1, C, H, W) through the model; return its layers in running order.
@@ -1089,7 +1116,7 @@ def plot_readings(read: dict[str, tuple], probabilities: Tensor) -> Figure:
 
 # %% 8. Other networks
 #
-# What a ResNet is compared with, and the weights that training can start from.
+# What a ResNet is compared with, and weights: those to start from, and those of a finished run.
 
 from torchvision import models
 
@@ -1163,35 +1190,7 @@ def load_weights(model: nn.Module, recipe: Recipe) -> None:
     say(f"weights {len(fits)} of {len(state)} tensors loaded, newly initialized: {rest}")
 
 
-# %% 9. Command line
-
-import argparse
-import ctypes
-import glob
-import itertools
-import shutil
-
 RUNS = Path("runs")
-
-# Ways in which ResNets are trained on MNIST. A patience of 99 switches early stopping off.
-# fmt: off
-RECIPES = {
-    "plateau":   Recipe(),
-    "rgb32":     Recipe(input="rgb32", rotate=0, shift=0, stretch=0, lr=0.01, scheduler="none",
-                        patience=99),
-    "adam":      Recipe(normalize="none", rotate=0, shift=0, stretch=0, optimizer="adam", lr=0.001,
-                        weight_decay=0, scheduler="none", patience=99),
-    "kaggle":    Recipe(dataset="kaggle", normalize="kaggle", val_size=4200, rotate=10, shift=0,
-                        stretch=0, epochs=15, batch_size=32, optimizer="adam", lr=0.01,
-                        weight_decay=0, scheduler="step", lr_step=5, lr_factor=0.05, patience=10),
-    "augmented": Recipe(rotate=10, shift=0.1, stretch=0, optimizer="adam", lr=0.001,
-                        weight_decay=1e-4, scheduler="step", lr_step=7, lr_factor=0.1, patience=99),
-    "fast":      Recipe(epochs=6, batch_size=256, optimizer="nesterov", lr=0.2,
-                        scheduler="onecycle", patience=99),
-    "best":      Recipe(stem="cifar", rotate=10, shift=0.08, stretch=0.1, epochs=12, batch_size=256,
-                        optimizer="nesterov", lr=0.1, scheduler="onecycle", patience=99),
-}
-# fmt: on
 
 
 def load_checkpoint(run: str | Path | None, name: str) -> tuple[Path, dict[str, Any]]:
@@ -1213,6 +1212,35 @@ def load_trainer(run: str | None, device: str | None) -> tuple[Path, dict[str, A
     with explaining(f"{path} does not fit {checkpoint['recipe'].model}"):
         model.load_state_dict(checkpoint["model"])
     return path, checkpoint, ResNetTrainer(model, device, checkpoint["recipe"])
+
+
+# %% 9. Command line
+
+import argparse
+import ctypes
+import glob
+import itertools
+import shutil
+
+# Ways in which ResNets are trained on MNIST. A patience of 99 switches early stopping off.
+# fmt: off
+RECIPES = {
+    "plateau":   Recipe(),
+    "rgb32":     Recipe(input="rgb32", rotate=0, shift=0, stretch=0, lr=0.01, scheduler="none",
+                        patience=99),
+    "adam":      Recipe(normalize="none", rotate=0, shift=0, stretch=0, optimizer="adam", lr=0.001,
+                        weight_decay=0, scheduler="none", patience=99),
+    "kaggle":    Recipe(dataset="kaggle", normalize="kaggle", val_size=4200, rotate=10, shift=0,
+                        stretch=0, epochs=15, batch_size=32, optimizer="adam", lr=0.01,
+                        weight_decay=0, scheduler="step", lr_step=5, lr_factor=0.05, patience=10),
+    "augmented": Recipe(rotate=10, shift=0.1, stretch=0, optimizer="adam", lr=0.001,
+                        weight_decay=1e-4, scheduler="step", lr_step=7, lr_factor=0.1, patience=99),
+    "fast":      Recipe(epochs=6, batch_size=256, optimizer="nesterov", lr=0.2,
+                        scheduler="onecycle", patience=99),
+    "best":      Recipe(stem="cifar", rotate=10, shift=0.08, stretch=0.1, epochs=12, batch_size=256,
+                        optimizer="nesterov", lr=0.1, scheduler="onecycle", patience=99),
+}
+# fmt: on
 
 
 def start_or_resume(args: argparse.Namespace) -> tuple[ResNetTrainer, MNISTDataLoader, dict]:
@@ -1247,32 +1275,6 @@ def start_or_resume(args: argparse.Namespace) -> tuple[ResNetTrainer, MNISTDataL
             # Of two runs that start at once, one gets the folder.
             trainer.run_dir.mkdir(parents=True, exist_ok=bool(checkpoint))
     return trainer, data, checkpoint
-
-
-def report_run(trainer: ResNetTrainer, data: MNISTDataLoader, history: dict) -> None:
-    """Test the best epoch's network and report; write report and pictures if it has a folder."""
-    recipe, run_dir = trainer.recipe, trainer.run_dir
-    results = trainer.test(data.test)
-    epoch = best_epoch(history)
-    loss, accuracy = history["val_loss"][epoch - 1], history["val_accuracy"][epoch - 1]
-    chosen_on = "validation set" if recipe.select_on == "val" else "TEST SET, which is optimistic"
-    # Where no test images have labels, as in Kaggle's data, .test is .val.
-    tested = "validation" if recipe.select_on == "val" and data.test is data.val else "test"
-    scores = f"{tested} loss {results['loss']:.4f}, {tested} accuracy {results['accuracy']:.2f} %"
-    correct = (results["predictions"] == results["labels"]).sum()
-    report = f"""{recipe.model}, {recipe.input}, dataset {recipe.dataset}, seed {recipe.seed}
-epoch {epoch}, selected on the {chosen_on}: loss {loss:.4f}, {accuracy:.2f} %
-{scores} ({correct:,} of {len(data.test.labels):,} images)
-
-{classification_report(results)}
-"""
-    say(f"\n{report}")
-    if run_dir:
-        with replacing(run_dir / "report.txt") as file:
-            file.write_bytes(report.encode())
-        title = f"{recipe.model}, {recipe.input}, {recipe.dataset}"
-        visualize_results(trainer.model, data.test, results, history, run_dir, title)
-        say(f"weights, history, report and pictures: {run_dir}")
 
 
 def command_train(args: argparse.Namespace) -> None:

@@ -346,6 +346,22 @@ def test_devices_that_cannot_compute_are_named_or_passed_over(monkeypatch, capsy
     assert re.fullmatch("WARNING: .*Tesla K80.*\n", capsys.readouterr().err)
 
 
+def test_fast_conv2d_gives_the_same_gradients(monkeypatch):
+    # In torchvision's network, whose layers are ours.
+    model, images = torchvision.models.resnet18(num_classes=10).double(), torch.randn(4, 3, 28, 28)
+    linear, products, gradients = F.linear, [], []
+    monkeypatch.setattr(F, "linear", lambda *a: products.append(1) or linear(*a))
+    for conv2d in (torch.conv2d, rm.fast_conv2d):
+        model.zero_grad()
+        monkeypatch.setattr(F, "conv2d", conv2d)
+        F.cross_entropy(model(images.double()), torch.arange(4)).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.allclose(one, other, atol=1e-9)
+    assert len(products) == 2 + 4  # fc, twice, and the four convolutions of layer4
+    assert rm.conv3x3(4, 6)(torch.ones(4, 1, 1)).shape == (6, 1, 1)  # an image without a batch
+
+
 # 5. Training
 
 
@@ -448,22 +464,6 @@ def test_every_optimizer_learns_under_every_schedule(optimizer):
         (group,) = trainer.optimizer.param_groups
         assert group["weight_decay"] == 5e-4
         assert group.get("momentum") in (None, 0, 0.8)
-
-
-def test_fast_conv2d_gives_the_same_gradients(monkeypatch):
-    # In torchvision's network, whose layers are ours.
-    model, images = torchvision.models.resnet18(num_classes=10).double(), torch.randn(4, 3, 28, 28)
-    linear, products, gradients = F.linear, [], []
-    monkeypatch.setattr(F, "linear", lambda *a: products.append(1) or linear(*a))
-    for conv2d in (torch.conv2d, rm.fast_conv2d):
-        model.zero_grad()
-        monkeypatch.setattr(F, "conv2d", conv2d)
-        F.cross_entropy(model(images.double()), torch.arange(4)).backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    for one, other in zip(*gradients, strict=True):
-        assert torch.allclose(one, other, atol=1e-9)
-    assert len(products) == 2 + 4  # fc, twice, and the four convolutions of layer4
-    assert rm.conv3x3(4, 6)(torch.ones(4, 1, 1)).shape == (6, 1, 1)  # an image without a batch
 
 
 @pytest.mark.parametrize("kind", ["ours", "plain"])
