@@ -9,8 +9,8 @@
     python resnet18_mnist.py predict digit.png  read a digit from a photo or a drawing
     python resnet18_mnist.py describe           each layer's shape, parameters and FLOPs
 
-Whoever stops after section 5, at line 732, has read how a ResNet is built and trained. Each section
-is a notebook cell that needs only the ones above it:
+Sections 1 to 5, which end at line 734, show how a ResNet is built and trained. Each section is a
+notebook cell that needs only the ones above it:
 
     1  Network       the residual block, and five depths built from it
     2  Recipe        every setting of a run, with its default
@@ -57,9 +57,9 @@ from torchvision.transforms.v2 import functional as TF
 #
 # In a plain network, a few layers learn a mapping H(x). In a residual network, they learn only its
 # difference from their input, F(x) = H(x) - x, and x is added back: y = F(x) + x (He 2015a, eq. 1).
-# Where H is nearly the identity, small weights are enough. So more layers need not harm training,
-# as they do in plain networks (fig. 1). Layers have torchvision's names and order, so that state
-# dicts are interchangeable.
+# Where H is nearly the identity, small weights are enough. So more layers do not harm training as
+# they do in plain networks (fig. 1). Layers have torchvision's names and order, so that state dicts
+# are interchangeable.
 
 
 def conv3x3(inplanes: int, outplanes: int, stride: int = 1) -> nn.Conv2d:
@@ -184,7 +184,8 @@ class ResNet(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         maps = {"stem": x}
         for name in ("layer1", "layer2", "layer3", "layer4"):
-            x = maps[name] = self.get_submodule(name)(x)
+            x = self.get_submodule(name)(x)
+            maps[name] = x
         maps["pooled"] = torch.flatten(self.avgpool(x), 1)
         return maps
 
@@ -237,19 +238,19 @@ class Recipe:
     # Network
     model: str = setting("resnet18", "network: ")
     input: str = setting("gray28", "channels, and pixels per side: ")
-    stem: str = setting("auto", "imagenet (7×7, pool) or cifar (3×3); auto suits the input")
+    stem: str = setting("auto", "imagenet (7x7, pool) or cifar (3x3); auto suits the input")
     plain: bool = setting(False, "the same layers without shortcuts, to see what these do")
     weights: str = setting("", "weights to start from: imagenet, or a file")
     freeze: str = setting("", "parts that keep their weights, as in conv1,bn1,layer1")
     # Data
-    dataset: str = setting("mnist", "data set (synthetic if not given and MNIST is missing): ")
+    dataset: str = setting("mnist", "data set (without this flag, synthetic if MNIST is missing): ")
     normalize: str = setting("mnist", "data set whose mean and deviation normalize the pixels: ")
     val_size: int = setting(0, "training images held out for validation; 0: a twelfth")
     select_on: str = setting("val", "val, or test: choose the epoch on the test set (optimistic)")
     limit: int = setting(0, "number of training images; 0: all of them")
     rotate: float = setting(6.0, "augmentation: maximum rotation, in degrees")
-    shift: float = setting(0.05, "augmentation: maximum shift, as a part of the side")
-    stretch: float = setting(0.06, "augmentation: maximum stretch and shear, as a part of the side")
+    shift: float = setting(0.05, "augmentation: maximum shift, as a fraction of the side")
+    stretch: float = setting(0.06, "augmentation: maximum stretch and shear, as a fraction of it")
     # Training; the defaults are chosen for ten epochs of ResNet-18
     epochs: int = setting(10, "maximum number of passes over the training images", low=1)
     batch_size: int = setting(128, "images per batch, over all processes", low=2)
@@ -262,7 +263,7 @@ class Recipe:
     lr_factor: float = setting(0.1, "plateau, step: factor that lowers the learning rate")
     lr_patience: int = setting(2, "plateau: tolerated epochs without a lower validation loss")
     # Late epochs mostly bring tiny gains; these alone should not keep the rate high.
-    lr_threshold: float = setting(0.2, "plateau: share by which a loss must be lower to count")
+    lr_threshold: float = setting(0.2, "plateau: share by which a loss must fall to count as lower")
     lr_step: int = setting(5, "step: epochs from one step to the next", low=1)
     patience: int = setting(5, "epochs without a lower validation loss that end the run", low=1)
     # Run
@@ -275,7 +276,7 @@ class Recipe:
             low = entry.metadata["low"]
             kind = type(entry.default)
             if type(value) is not kind and not (kind is float and type(value) is int):
-                raise UserError(f"{entry.name} must be {kind.__name__}, not {value!r:.50}")
+                raise UserError(f"{entry.name} must be {kind.__name__}, not {value!r}")
             if kind in (int, float) and not low <= value <= 2**32:
                 raise UserError(f"{entry.name} is {value}, not from {low} to {2**32}")
 
@@ -299,8 +300,8 @@ def look_up(table: dict[str, Any], name: str, what: str) -> Any:
 
 # %% 3. Data
 #
-# MNIST has only 55 MB, so it stays in memory as uint8 tensors, the training images on the device. A
-# batch is picked by index, then converted to float, augmented and normalized as a whole.
+# MNIST takes only 55 MB, so it stays in memory as uint8 tensors, the training images on the device.
+# A batch is picked by index, then converted to float, augmented and normalized as a whole.
 
 # Channels, pixels per side, and the stem that "auto" means. gray28 takes a 17th of rgb32's FLOPs.
 INPUTS = {"gray28": (1, 28, "imagenet"), "rgb32": (3, 32, "cifar")}
@@ -317,7 +318,7 @@ def read_mnist(data_dir: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     folder = Path(data_dir, "MNIST")
     with explaining(f"cannot read MNIST's four files in {folder / 'raw'}"):
-        if not folder.exists():  # downloaded aside, since two programs may start at once
+        if not folder.exists():  # elsewhere at first, since two programs may start at once
             Path(data_dir).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=data_dir) as aside:
                 datasets.MNIST(aside, download=True)
@@ -338,10 +339,10 @@ READERS: dict[str, Callable] = {"mnist": read_mnist}
 def split_by_class(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return shuffled indices (train, validation), split in the same ratio in each class."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    by_class = order[labels[order].argsort(stable=True)]
-    # In a list sorted by class, every twelfth image, say, gives a twelfth of each class.
+    sorted_by_class = order[labels[order].argsort(stable=True)]  # shuffled within each class
+    # Every twelfth image in it, say, gives a twelfth of each class.
     evenly = torch.arange(val_size) * len(labels) // max(val_size, 1)
-    held_out = torch.isin(order, by_class[evenly])
+    held_out = torch.isin(order, sorted_by_class[evenly])
     return order[~held_out], order[held_out]
 
 
@@ -349,7 +350,7 @@ def distort(images: Tensor, draws: Tensor, recipe: Recipe) -> Tensor:
     """Rotate, shift and stretch each image (N, C, H, W) by its own draws (2, N, 3) in [-1, 1)."""
     # torchvision's transforms would give one draw to the whole batch.
     angle = math.radians(recipe.rotate) * draws[0, :, 0]
-    dx, dy = 2 * recipe.shift * draws[0, :, 1:].T  # in coordinates from -1 to 1
+    dx, dy = 2 * recipe.shift * draws[0, :, 1:].T  # a side is 2 long, from -1 to 1
     wide, shear, high = recipe.stretch * draws[1].T
     # theta maps each output position to the input position (x, y) that it reads.
     x_row = torch.stack([angle.cos() + wide, shear - angle.sin(), dx], dim=1)
@@ -373,7 +374,7 @@ class TensorLoader:
     def __init__(self, images: Tensor, labels: Tensor, recipe: Recipe, train: bool = False):
         self.images, self.labels = images[:, None], labels
         self.recipe, self.train = recipe, train
-        share = max(2, recipe.batch_size // WORLD_SIZE)  # of this process; batch norm needs two
+        share = max(2, recipe.batch_size // WORLD_SIZE)  # this process's; batch norm needs two
         self.batch_size = share if train else 250  # in evaluation it affects only the speed
 
     def to(self, device: torch.device | str) -> TensorLoader:
@@ -400,14 +401,14 @@ class TensorLoader:
         for index in batches[: len(self)]:
             x = TF.resize(self.images[index], [size, size]).float() / 255  # (B, 1, S, S)
             if self.train and (self.recipe.rotate or self.recipe.shift or self.recipe.stretch):
-                # Before pixels are normalized: what moves in from outside is 0, the ground.
+                # Before pixels are normalized: what moves in from outside is 0, the background.
                 x = distort(x, draws[:, index], self.recipe)
             x = (x - mean) / std
             yield x.expand(-1, channels, -1, -1), self.labels[index]
 
 
 class MNISTDataLoader:
-    """The loaders .train, .val and .test of a data set; ``changes`` change the recipe."""
+    """The loaders .train, .val and .test of a data set; ``changes`` override settings."""
 
     def __init__(self, data_dir: str | Path = "data", recipe: Recipe | None = None, **changes: Any):
         recipe = replace(recipe or Recipe(), **changes)
@@ -431,8 +432,8 @@ class MNISTDataLoader:
 
 # %% 4. Device
 #
-# bfloat16 keeps the exponent of float32 in half the bytes, so small gradients do not vanish as they
-# do in float16. It has only two to three digits, but is faster on hardware that supports it.
+# bfloat16 has 16 bits, and float32's range, so small gradients do not vanish as they do in float16.
+# It keeps only two to three decimal digits, but is faster on hardware that supports it.
 
 
 def pick_device(name: str | torch.device | None = None) -> torch.device:
@@ -440,7 +441,7 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
     if name:
         with explaining(f"there is no device {name} here"):
             device = torch.device(name)
-            if WORLD_SIZE > 1 and device.type == "cuda":  # from here on, "cuda" is this GPU
+            if WORLD_SIZE > 1 and device.type == "cuda":  # "cuda" is now this process's GPU
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             card = torch.cuda.get_device_name(device) if device.type == "cuda" else name
         # Only a computation can tell: this PyTorch may lack kernels for an old or a new card.
@@ -459,7 +460,8 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
 
 def pick_precision(name: str, device: torch.device) -> str:
     """Turn "auto" into "bf16" where the hardware is known to compute it fast, else into "fp32"."""
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # empty before PyTorch 2.11
+    # PyTorch 2.11 and newer know what a CPU can do.
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     fast = device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16"))
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere, 2020, or newer
@@ -470,34 +472,34 @@ def pick_precision(name: str, device: torch.device) -> str:
 def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
     """Do what F.conv2d() does, faster for a 3×3 convolution whose output is a single position.
 
-    Only the speed changes, so skip this at a first reading. On a 1×1 map, or with stride 2 on 2×2,
-    most of the nine taps meet padding only. Without them the same sum is a matrix product, which
-    halves a step's time (gray28, ResNet-18, CPU, float32).
+    Only speed and rounding change, so skip this at a first reading. On a 1×1 map, or with stride 2
+    on 2×2, most of a kernel's nine weights meet padding only. Without them the same sum is a matrix
+    product, which halves a step's time (gray28, ResNet-18, CPU, float32).
     """
     is_conv3x3 = weight.shape[2:] == (3, 3) and padding == dilation == (1, 1) and groups == 1
     height, width = input.shape[-2:]
     has_one_output = stride in ((1, 1), (2, 2)) and max(height, width) <= stride[0]
     if not (is_conv3x3 and has_one_output):
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    # Since padding is 1, the center tap meets the first pixel; those after it meet the rest.
-    taps = weight[:, :, 1 : 1 + height, 1 : 1 + width]
-    return F.linear(input.flatten(-3), taps.flatten(1), bias)[..., None, None]
+    # With padding 1, a kernel's center lies on the first pixel, the weights after it on the rest.
+    used = weight[:, :, 1 : 1 + height, 1 : 1 + width]
+    return F.linear(input.flatten(-3), used.flatten(1), bias)[..., None, None]
 
 
 # %% 5. Training
 #
 # train_one_epoch() and evaluate() are the core. ResNetTrainer repeats them: each epoch's validation
 # loss tells which weights to keep, when to lower the learning rate, and when to stop. After each
-# epoch it saves what it needs to go on. A resumed run ends with the same bits as one that was never
-# stopped, on the same CPU with as many threads and processes.
+# epoch it saves what it needs to go on. A resumed run ends with the same weights, to the last bit,
+# as one that was never stopped, on the same CPU with as many threads and at most two processes.
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Print, in the first process; if the reader has left, as ``| head`` does, a run goes on."""
+    """Print, in the first process; if the pipe is closed, as by ``| head``, the run goes on."""
     try:
         if RANK == 0:
             print(text, end=end, flush=True)
-    except BrokenPipeError:
+    except BrokenPipeError:  # from now on, prints go nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -505,7 +507,7 @@ def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", 
     """Go through the loader once; return a dict with loss (mean, nats) and accuracy (%).
 
     Both are measured while the model learns, before each update. ``scheduler`` steps at every
-    update. Raises UserError for a loss that is not finite.
+    update, unless it is plateau's. Raises UserError for a loss that is not finite.
     """
     model.train()
     for layer in model.modules():  # a frozen batch norm keeps its statistics as well
@@ -516,27 +518,27 @@ def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", 
     context = nullcontext() if precision == "fp32" else torch.autocast(device.type, torch.bfloat16)
     totals = torch.zeros(2, device=device)  # of loss and correct answers
     seen = 0
-    looked = time.perf_counter()
+    last_look = time.perf_counter()
     optimizer.zero_grad()  # the caller may have left gradients
     for step, (images, labels) in enumerate(loader, start=1):
         images, labels = images.to(device), labels.to(device)  # (N, C, H, W), (N,)
         with context:
             logits = model(images)  # (N, 10)
             loss = F.cross_entropy(logits, labels)
-        # Gradients add up to their mean; in an incomplete last group, to less.
+        # The sum of a group's gradients is then their mean; in an incomplete last group, less.
         (loss / accumulate).backward()
         if step % accumulate == 0 or step == len(loader):
             optimizer.step()
             optimizer.zero_grad()
-            if scheduler and not isinstance(scheduler, ReduceLROnPlateau):  # that one: per epoch
+            if scheduler and not isinstance(scheduler, ReduceLROnPlateau):  # steps per epoch
                 scheduler.step()
 
         correct = (logits.argmax(dim=1) == labels).sum()
         totals += torch.stack([loss.detach() * len(labels), correct])
         seen += len(labels)
         # item() waits for the device, so the loop calls it only every half second.
-        if time.perf_counter() - looked > 0.5 or step == len(loader):
-            looked = time.perf_counter()
+        if time.perf_counter() - last_look > 0.5 or step == len(loader):
+            last_look = time.perf_counter()
             mean_loss = totals[0].item() / seen
             if not math.isfinite(mean_loss):
                 raise UserError(f"the loss became {mean_loss} by step {step}: try a lower --lr")
@@ -590,8 +592,8 @@ SCHEDULERS: dict[str, Callable] = {
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary file that then takes the place of ``path``: a kill leaves no half file."""
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary file, which becomes ``path``; a kill leaves the old file or the new."""
     temporary = path.with_name(f".{path.name}.tmp")
     with explaining(f"cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -603,7 +605,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def best_epoch(history: dict[str, list]) -> int:
-    """Return the epoch, counted from 1, with the lowest validation loss; 0 before the first."""
+    """Return the epoch, counted from 1, with the lowest validation loss; 0 if there is none."""
     losses = history.get("val_loss")
     return 1 + losses.index(min(losses)) if losses else 0
 
@@ -612,7 +614,7 @@ class ResNetTrainer:
     """Trains and tests a classifier; parameters with requires_grad=False stay as they are.
 
     ``device`` None picks the best. The recipe's network, data and batch_size are not used. Files go
-    to ``run_dir``; with None, as in all processes but the first, nothing is written.
+    to ``run_dir``, if there is one; of several processes, give it to the first alone.
     """
 
     def __init__(self, model: nn.Module, device=None, recipe: Recipe | None = None, run_dir=None):
@@ -628,9 +630,9 @@ class ResNetTrainer:
         """Train; end with the weights of the best epoch, in eval mode; return the history.
 
         Loaders yield (images, labels) and have a length; without a ``val_loader`` the training loss
-        decides. ``resume`` is the content of last.pt. ``changes`` (num_epochs, learning_rate, all
-        of the recipe's names) change the recipe. The history has lists with a value per epoch: see
-        ``row`` in _run_epoch(). Raises UserError.
+        decides. ``resume`` is the content of last.pt, whose learning rates go on. ``changes``
+        (num_epochs, learning_rate, all of the recipe's names) override settings. The history has
+        lists with a value per epoch: see ``row`` in _run_epoch(). Raises UserError.
         """
         names = {"num_epochs": "epochs", "learning_rate": "lr"}
         changes = {names.get(name, name): value for name, value in changes.items()}
@@ -647,22 +649,22 @@ class ResNetTrainer:
         self.history = {"epoch": []}
         self.best_weights = {}
         if resume:
-            with explaining("this cannot be resumed; the last.pt of a run can"):
+            with explaining("this cannot be resumed: it is not the last.pt of such a run"):
                 for name in ("model", "optimizer", "scheduler"):
                     getattr(self, name).load_state_dict(resume[f"last_{name}"])
                 self.history = resume["history"]
                 self.best_weights = resume["model"]
         ddp_model = self.model
         if WORLD_SIZE > 1:
-            # Each process trains on its share of every batch, which alone its batch norms see.
-            # DDP averages the gradients, so all processes take the same steps.
+            # Each process trains on a share of every batch; its batch norms see only that share.
+            # DDP copies the first one's weights and averages all gradients, so all stay in step.
             if not dist.is_initialized():
                 dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             ddp_model = DistributedDataParallel(self.model)
         self._save()  # a run killed in epoch 1 can be resumed, too
         say("epoch  train loss       %   val loss       %        lr       s")
         for epoch in range(len(self.history["epoch"]) + 1, recipe.epochs + 1):
-            if epoch - best_epoch(self.history) > recipe.patience:
+            if epoch > best_epoch(self.history) + recipe.patience:
                 say(f"stopped early: no lower loss for {recipe.patience} epochs")
                 break
             self._run_epoch(epoch, ddp_model, train_loader, val_loader)
@@ -678,11 +680,11 @@ class ResNetTrainer:
         accumulate = self.recipe.accumulate
         # nn.Conv2d calls F.conv2d(): during the epoch, a faster function takes its place.
         with torch.random.fork_rng(devices=[]), mock.patch.object(F, "conv2d", fast_conv2d):
-            # Order and augmentation, drawn on the CPU, follow from seed and epoch alone, so a
-            # resumed run need not know what was drawn before. Devices' generators are left alone.
+            # Order and augmentation are drawn on the CPU, from a number that differs for each seed
+            # and epoch, so a resumed run need not know what was drawn before.
             torch.default_generator.manual_seed(self.recipe.seed * 1_000_003 + epoch)
             train = train_one_epoch(model, loader, optimizer, scheduler, self.precision, accumulate)
-            # DDP gives all processes the first one's batch-norm statistics: all get the same loss.
+            # DDP gives all processes the first one's batch-norm statistics, so all losses agree.
             val = train if val_loader is None else evaluate(model, val_loader, self.precision)
         if not math.isfinite(val["loss"]):
             raise UserError(f"the validation loss became {val['loss']}: try a lower --lr")
@@ -694,7 +696,7 @@ class ResNetTrainer:
         for name, value in row.items():
             self.history.setdefault(name, []).append(value)
         is_best = best_epoch(self.history) == epoch
-        if is_best:  # copied in the usual memory order, not in channels_last
+        if is_best:  # copied in the usual memory order, which other programs expect
             for name, w in self.model.state_dict().items():
                 self.best_weights[name] = w.cpu().clone(memory_format=torch.contiguous_format)
         self._save()
@@ -702,19 +704,19 @@ class ResNetTrainer:
         say(line + ("  best" if is_best else ""))
 
     def _save(self) -> None:
-        """Write best.pt, history.csv, last.pt; a kill before last.pt costs one epoch's work."""
+        """Write best.pt, history.csv, last.pt; a kill before the last costs one epoch's work."""
         if not self.run_dir:
             return
         state = {"recipe": asdict(self.recipe), "history": self.history, "model": self.best_weights}
         if self.best_weights:
-            with replacing(self.run_dir / "best.pt") as file:
+            with atomic_write(self.run_dir / "best.pt") as file:
                 torch.save(state, file)
         for name in ("model", "optimizer", "scheduler"):  # where training goes on
             state[f"last_{name}"] = getattr(self, name).state_dict()
-        with replacing(self.run_dir / "history.csv") as path, open(path, "w", newline="") as file:
+        with atomic_write(self.run_dir / "history.csv") as temp, open(temp, "w", newline="") as out:
             rows = zip(*self.history.values(), strict=True)
-            csv.writer(file).writerows([self.history, *rows])  # first the names of its columns
-        with replacing(self.run_dir / "last.pt") as file:
+            csv.writer(out).writerows([list(self.history), *rows])  # first the columns' names
+        with atomic_write(self.run_dir / "last.pt") as file:
             torch.save(state, file)
 
     def test(self, test_loader) -> dict[str, Any]:
@@ -775,7 +777,7 @@ def new_figure(rows: int, columns: int, width: float, height: float, title: str 
 
 def save_figure(figure: Figure, folder: str | Path, name: str) -> None:
     """Write a figure as PNG, whole or not at all."""
-    with replacing(Path(folder, name)) as file:
+    with atomic_write(Path(folder, name)) as file:
         figure.savefig(file, format="png", dpi=110)
 
 
@@ -858,7 +860,7 @@ def visualize_results(model, loader, results: dict, history: dict, run_dir, titl
     wrong = [n for n in surest if results["labels"][n] != results["predictions"][n]]
     first = f"{title}\nthe first images"
     right = f"{title}\n{results['accuracy']:.2f} % of {len(images):,} images right"
-    mistakes = f"{title}\nthe most confident of {len(wrong)} mistakes"
+    mistakes = f"{title}\nmistakes, the most confident first: {len(wrong)}"
     save_figure(plot_curves(history, title), run_dir, "curves.png")
     save_figure(plot_confusion_matrix(results, right), run_dir, "confusion_matrix.png")
     save_figure(plot_digits(images, results, range(len(images)), first), run_dir, "predictions.png")
@@ -867,9 +869,9 @@ def visualize_results(model, loader, results: dict, history: dict, run_dir, titl
         save_figure(plot_feature_maps(model, images[:1], title), run_dir, "feature_maps.png")
 
 
-def report_run(trainer: ResNetTrainer, data: MNISTDataLoader, history: dict) -> None:
+def report_run(trainer: ResNetTrainer, data: MNISTDataLoader) -> None:
     """Test the best epoch's network and report; write report and pictures if it has a folder."""
-    recipe, run_dir = trainer.recipe, trainer.run_dir
+    recipe, history = trainer.recipe, trainer.history
     results = trainer.test(data.test)
     epoch = best_epoch(history)
     loss, accuracy = history["val_loss"][epoch - 1], history["val_accuracy"][epoch - 1]
@@ -885,12 +887,12 @@ epoch {epoch}, selected on the {chosen_on}: loss {loss:.4f}, {accuracy:.2f} %
 {classification_report(results)}
 """
     say(f"\n{report}")
-    if run_dir:
-        with replacing(run_dir / "report.txt") as file:
+    if trainer.run_dir:
+        with atomic_write(trainer.run_dir / "report.txt") as file:
             file.write_bytes(report.encode())
         title = f"{recipe.model}, {recipe.input}, {recipe.dataset}"
-        visualize_results(trainer.model, data.test, results, history, run_dir, title)
-        say(f"weights, history, report and pictures: {run_dir}")
+        visualize_results(trainer.model, data.test, results, history, trainer.run_dir, title)
+        say(f"weights, history, report and pictures: {trainer.run_dir}")
 
 
 @torch.no_grad()
@@ -898,28 +900,28 @@ def list_layers(model: nn.Module, image: Tensor) -> list[dict[str, Any]]:
     """Send one image (1, C, H, W) through the model; return its layers in running order.
 
     Each has a name, output shape, parameters (with those of the batch norm behind it), FLOPs (a
-    multiply-add is two; in the paper, one) and the share of live weights, which can meet a pixel.
+    multiply-add is two; in the paper, one) and the share of live weights, which meet any pixel.
     """
     calls, layers = [], []
     with nn.modules.module.register_module_forward_hook(lambda *call: calls.append(call)):
         model.eval()(image)
     names = {module: name for name, module in model.named_modules()}
     for module, inputs, y in calls:
-        parameters = sum(p.numel() for p in module.parameters())
-        flops, live = 0, 1.0
+        layer = {"name": names[module], "shape": "x".join(map(str, y.shape[1:]))}
+        layer |= {"parameters": sum(p.numel() for p in module.parameters()), "flops": 0, "live": 1}
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             # Each weight meets each position of the output once: a product and a sum.
-            flops = 2 * module.weight.numel() * y[0, 0].numel()
+            layer["flops"] = 2 * module.weight.numel() * y[0, 0].numel()
         if isinstance(module, nn.Conv2d):
             # A weight is dead if it meets padding at every position, as eight of nine do on a 1×1
             # map. An image of ones, padded with zeros, shows which.
             window = (module.kernel_size, module.dilation, module.padding, module.stride)
-            live = F.unfold(torch.ones_like(inputs[0][:, :1]), *window).amax(dim=2).mean().item()
+            seen = F.unfold(torch.ones_like(inputs[0][:, :1]), *window).amax(dim=2)
+            layer["live"] = seen.mean().item()
         if isinstance(module, nn.BatchNorm2d):
-            layers[-1]["parameters"] += parameters
-        elif flops or "Pool" in type(module).__name__:
-            layer = {"name": names[module], "shape": "×".join(map(str, y.shape[1:]))}
-            layers.append({**layer, "parameters": parameters, "flops": flops, "live": live})
+            layers[-1]["parameters"] += layer["parameters"]
+        elif layer["flops"] or "Pool" in type(module).__name__:
+            layers.append(layer)
     return layers
 
 
@@ -933,7 +935,7 @@ def visualize_model_architecture(model: nn.Module, image_size: int = 28) -> None
     live = sum(layer["parameters"] * layer["live"] for layer in layers) / parameters
     total = {"name": "total", "shape": "", "parameters": parameters, "flops": flops, "live": live}
     say("layer                    output   parameters          FLOPs     live")
-    say(f"input                {'×'.join(map(str, shape)):>10}")
+    say(f"input                {'x'.join(map(str, shape)):>10}")
     for layer in [*layers, total]:
         say("{name:21}{shape:>10}{parameters:13,}{flops:15,}{live:9.1%}".format(**layer))
     say("FLOPs: one image forward, a multiply-add counted as two.")
@@ -952,7 +954,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 def draw_synthetic_digits(data_dir=None, train_size: int = 6000, test_size: int = 1000) -> tuple:
-    """Draw digits in matplotlib's fonts, always the same ones; return tensors as read_mnist()."""
+    """Draw digits in matplotlib's fonts, the same ones each time; return what read_mnist() does."""
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
     paths = [path for path in sorted(folder.glob("DejaVu*")) if "Display" not in path.name]
     fonts = [ImageFont.truetype(path, size) for path in paths for size in range(32, 51, 3)]
@@ -970,14 +972,16 @@ def draw_synthetic_digits(data_dir=None, train_size: int = 6000, test_size: int 
 
 
 def read_kaggle(data_dir, name="train.csv", labelled=True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Read a CSV of Kaggle's Digit Recognizer like read_mnist(); no labels become zeros."""
+    """Read a CSV of Kaggle's Digit Recognizer like read_mnist(); without labels, zeros."""
     path = Path(data_dir, name)
     with explaining(f"cannot read {path}"):
         table = np.loadtxt(path, np.uint8, delimiter=",", skiprows=1, ndmin=2)
         labels, pixels = torch.from_numpy(table).split([int(labelled), 784], dim=1)
+        if (labels > 9).any():
+            raise ValueError("a label is no digit")
     images = pixels.reshape(-1, 28, 28)
     labels = labels.sum(dim=1)  # of one column or none
-    return images, labels, images[:0], labels[:0]  # no labels of test images are published
+    return images, labels, images[:0], labels[:0]  # Kaggle publishes no test labels
 
 
 READERS |= {"synthetic": draw_synthetic_digits, "kaggle": read_kaggle}
@@ -997,7 +1001,7 @@ def mnist_or_synthetic(data_dir: str | Path) -> str:
 
 
 def near(mask: Tensor, reach: int = 2) -> Tensor:
-    """Return the pixels within reach of a mask (H, W), or of the border of the picture."""
+    """Return the pixels within reach of a mask (H, W) or of the picture's border."""
     return F.max_pool2d(F.pad(mask[None].float(), [reach] * 4, value=1), 2 * reach + 1, 1)[0] > 0
 
 
@@ -1025,13 +1029,13 @@ def find_ink(colors: Tensor, inside: Tensor) -> Tensor:
         levels = difference[inside].sort().values
         mass, share = levels.cumsum(dim=0), torch.arange(1, len(levels) + 1) / len(levels)
         between = (mass[-1] * share - mass)[:-1] ** 2 / (share * (1 - share))[:-1]
-        threshold = levels[between.argmax()]  # Otsu 1979: the largest variance between both
+        threshold = levels[between.argmax()]  # Otsu 1979: the largest variance between the two
         is_paper = inside & (difference <= threshold)
         fit = torch.linalg.lstsq(terms[is_paper], colors[:, is_paper].T, driver="gelsd")
         paper = (terms @ fit.solution).permute(2, 0, 1)
     on_paper, on_ink = difference[is_paper], difference[inside & ~is_paper]
-    # Ink differs by 8 levels and 8 spreads of the paper or, since soft edges widen these, 2.3 times
-    # both spreads. Blank pages reach 7 and 2.2.
+    # Ink differs by 8 levels, and by 8 spreads of the paper or, since soft edges widen spreads, by
+    # 2.3 times the sum of both. Blank pages reach 7 spreads and 2.2 sums.
     spreads = [((x - x.mean()) ** 2).mean().sqrt() for x in (on_paper, on_ink)]
     is_clear = on_ink.mean() - on_paper.mean() > max(8, min(8 * spreads[0], 2.3 * sum(spreads)))
     strength = ((difference - threshold / 2) / (on_ink.mean() - threshold / 2)).clamp(0, 1)
@@ -1039,29 +1043,35 @@ def find_ink(colors: Tensor, inside: Tensor) -> Tensor:
 
 
 def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
-    """Return find_ink()'s ink of the digit alone, without sheets, frames and shadows."""
+    """Return find_ink()'s ink of the digit alone, without edges, sheets and shadows around it."""
     ink = find_ink(colors, inside) if inside.sum() >= 64 else torch.zeros(inside.shape)
     if not ink.any():
         return ink
     parts = split_parts(ink > 0)
-    # A large part that fills most of its box, turned or not, and is no 1 is a sheet: look again in
-    # it. Else parts at the edge are left out if any other is a quarter as long as the longest.
+    # A large part that, with its holes, fills its box, turned or not, and is not slim as a 1 is a
+    # sheet or a frame: look inside. Else parts at the edge go, if another is a quarter as long.
+    filled = inside
+    for side in (0, 1):  # what has the part on both sides, in its column and in its row
+        before = parts[0].cumsum(dim=side) > 0
+        after = parts[0].flip(side).cumsum(dim=side).flip(side) > 0
+        filled = filled & before & after
     angles = torch.arange(32) * math.pi / 32
     across = parts[0].nonzero().float() @ torch.stack([angles.cos(), angles.sin()])
     boxes = (across.amax(dim=0) - across.amin(dim=0) + 1).view(2, 16)  # two sides of each
     short, long = boxes[:, boxes.prod(dim=0).argmin()].aminmax()
-    is_sheet = parts[0].sum() > 0.7 * short * long and 2 * short > long > max(inside.shape) / 4
-    others = split_parts(inside & ~parts[0]) if is_sheet else parts
-    touches = (others & near(~inside)).flatten(1).any(dim=1)
+    encloses = filled.sum() > 0.88 * short * long and 2 * short > long > max(inside.shape) / 4
+    touches = (parts & near(~inside)).flatten(1).any(dim=1)
     sides = torch.maximum(parts.any(dim=1).sum(dim=1), parts.any(dim=2).sum(dim=1))
-    if not is_sheet and (4 * sides[~touches] >= sides.max()).any():
+    if not encloses and (4 * sides[~touches] >= sides.max()).any():
         return ink * parts[~touches].any(dim=0)
-    again = find_digit(colors, inside & ~near(~inside | others[touches].any(dim=0), 4))
-    # If nothing is found, keep a tightly cut digit, but no shadow: in a corner, not all across.
+    beyond = ~filled if encloses else parts[touches].any(dim=0)
+    again = find_digit(colors, inside & ~near(~inside | beyond, 4))
+    # If nothing is there, it is a tightly cut digit or a square 0, a blank sheet or a shadow.
+    is_sheet = encloses and 2 * parts[0].sum() > filled.sum()
     drawn = parts.any(dim=0)
     low, high = drawn.nonzero().aminmax(dim=0)
     fills = (high - low + 5 >= torch.tensor(drawn.shape)).all()
-    is_shadow = drawn[[0, -1]][:, [0, -1]].any() and not fills
+    is_shadow = drawn[[0, -1]][:, [0, -1]].any() and not fills  # in a corner, not all across
     if is_sheet or is_shadow or again.any() or not inside.all():
         return again
     return ink * drawn
@@ -1086,7 +1096,7 @@ def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
     low, high = ink.nonzero().aminmax(dim=0)
     shape = high - low + 1  # (2,): height, width
     parts = split_parts(ink > 0)
-    columns = parts[2 * parts.any(dim=2).sum(dim=1) > shape[0]].any(dim=1).float()  # of tall ones
+    columns = parts[2 * parts.any(dim=2).sum(dim=1) > shape[0]].any(dim=1).float()  # of tall parts
     shared = columns @ columns.T  # how many columns any two have in common
     if (4 * shared < torch.minimum(shared.diag(), shared.diag()[:, None])).any():  # side by side
         raise UserError(f"{path} seems to show several figures: one digit per picture")
@@ -1116,7 +1126,7 @@ def plot_readings(read: dict[str, tuple], probabilities: Tensor) -> Figure:
 
 # %% 8. Other networks
 #
-# What a ResNet is compared with, and weights: those to start from, and those of a finished run.
+# What a ResNet is compared with, and weights: those to start from, and those of a run.
 
 from torchvision import models
 
@@ -1187,7 +1197,7 @@ def load_weights(model: nn.Module, recipe: Recipe) -> None:
         if not fits:
             raise ValueError(f"it has {list(state)[:2]} ..., not {list(target)[:2]} ...")
         rest = model.load_state_dict(fits, strict=False).missing_keys
-    say(f"weights {len(fits)} of {len(state)} tensors loaded, newly initialized: {rest}")
+    say(f"weights {len(fits)} of {len(state)} tensors loaded, newly initialized: {rest or 'none'}")
 
 
 RUNS = Path("runs")
@@ -1205,13 +1215,14 @@ def load_checkpoint(run: str | Path | None, name: str) -> tuple[Path, dict[str, 
     return path, checkpoint
 
 
-def load_trainer(run: str | None, device: str | None) -> tuple[Path, dict[str, Any], ResNetTrainer]:
-    """Return the path and the content of a run's best.pt, and its network ready to test."""
+def load_trainer(run: str | None, device: str | None) -> tuple[Path, ResNetTrainer]:
+    """Return the path of a run's best.pt, and a trainer with its network and history."""
     path, checkpoint = load_checkpoint(run, "best.pt")
-    model = build_model(checkpoint["recipe"])
-    with explaining(f"{path} does not fit {checkpoint['recipe'].model}"):
-        model.load_state_dict(checkpoint["model"])
-    return path, checkpoint, ResNetTrainer(model, device, checkpoint["recipe"])
+    trainer = ResNetTrainer(build_model(checkpoint["recipe"]), device, checkpoint["recipe"])
+    with explaining(f"{path} does not fit {trainer.recipe.model}"):
+        trainer.model.load_state_dict(checkpoint["model"])
+        trainer.history = checkpoint["history"]
+    return path, trainer
 
 
 # %% 9. Command line
@@ -1222,7 +1233,7 @@ import glob
 import itertools
 import shutil
 
-# Ways in which ResNets are trained on MNIST. A patience of 99 switches early stopping off.
+# Common ways to train a ResNet on MNIST. A patience of 99 switches early stopping off.
 # fmt: off
 RECIPES = {
     "plateau":   Recipe(),
@@ -1243,7 +1254,7 @@ RECIPES = {
 # fmt: on
 
 
-def start_or_resume(args: argparse.Namespace) -> tuple[ResNetTrainer, MNISTDataLoader, dict]:
+def prepare_run(args: argparse.Namespace) -> tuple[ResNetTrainer, MNISTDataLoader, dict]:
     """Return the trainer and the data of a run, and the checkpoint it goes on from, if any."""
     folder = args.output_dir
     checkpoint: dict[str, Any] = {}
@@ -1254,16 +1265,16 @@ def start_or_resume(args: argparse.Namespace) -> tuple[ResNetTrainer, MNISTDataL
     else:
         path, checkpoint = load_checkpoint(args.resume, "last.pt")
         recipe = replace(checkpoint["recipe"], **args.changes)
-        free = ["patience"] if recipe.scheduler == "onecycle" else ["patience", "epochs"]
-        if args.recipe or folder or args.changes.keys() - set(free):
-            raise UserError(f"a resumed run keeps its folder and settings except {', '.join(free)}")
+        changeable = ["patience"] if recipe.scheduler == "onecycle" else ["patience", "epochs"]
+        if args.recipe or folder or args.changes.keys() - set(changeable):
+            raise UserError(f"only {', '.join(changeable)} of a resumed run may change")
         folder = path.parent
     data = MNISTDataLoader(args.data_dir, recipe)
     torch.manual_seed(recipe.seed)
     model = build_model(recipe)
     if recipe.weights and not checkpoint:
         load_weights(model, recipe)
-    for part in filter(None, recipe.freeze.split(",")):
+    for part in recipe.freeze.replace(",", " ").split():
         with explaining(f"cannot freeze {part!r}"):
             model.get_submodule(part).requires_grad_(False)
     trainer = ResNetTrainer(model, args.device, recipe)
@@ -1279,23 +1290,22 @@ def start_or_resume(args: argparse.Namespace) -> tuple[ResNetTrainer, MNISTDataL
 
 def command_train(args: argparse.Namespace) -> None:
     """Train a ResNet on MNIST, test it, and draw how it went."""
-    trainer, data, checkpoint = start_or_resume(args)
+    trainer, data, checkpoint = prepare_run(args)
     recipe = trainer.recipe
     run_dir = trainer.run_dir
-    device = trainer.device
     sizes = [f"{len(loader.labels):,}" for loader in (data.train, data.val, data.test)]
     parameters = sum(p.numel() for p in trainer.model.parameters())
     threads = torch.get_num_threads()  # which the last bits of a result depend on
-    say(f"device  {device}, {trainer.precision}, threads: {threads}, processes: {WORLD_SIZE}")
+    say(f"device  {trainer.device}, {trainer.precision}, threads {threads}, processes {WORLD_SIZE}")
     say(f"data    {recipe.dataset}: {sizes[0]} to train, {sizes[1]} to select, {sizes[2]} to test")
     say(f"model   {recipe.model} for {recipe.input}: {parameters:,} parameters")
     say(f"run     {run_dir}\n")
     try:
-        history = trainer.train(data.train, data.val, resume=checkpoint)
-        report_run(trainer, data, history)
+        trainer.train(data.train, data.val, resume=checkpoint)
+        report_run(trainer, data)
     except KeyboardInterrupt:
-        if run_dir:
-            flags = f'--resume "{run_dir}" --data-dir "{args.data_dir}" --device {device}'
+        if run_dir and (run_dir / "last.pt").exists():
+            flags = f'--resume "{run_dir}" --data-dir "{args.data_dir}" --device {trainer.device}'
             print(f'stopped; this goes on:  python "{sys.argv[0]}" {flags}', file=sys.stderr)
         raise
     except Exception:
@@ -1307,31 +1317,31 @@ def command_train(args: argparse.Namespace) -> None:
 
 
 def command_evaluate(args: argparse.Namespace) -> None:
-    """Report how the best networks of runs do on the test set."""
+    """Test the best networks of runs again."""
     for run in args.runs or [None]:
-        path, checkpoint, trainer = load_trainer(run, args.device)
+        path, trainer = load_trainer(run, args.device)
         data = MNISTDataLoader(args.data_dir, trainer.recipe)
         say(f"{path} on {trainer.device}, {trainer.precision}")
-        report_run(trainer, data, checkpoint["history"])
+        report_run(trainer, data)
 
 
 def command_predict(args: argparse.Namespace) -> int:
     """Read digits from image files, or label Kaggle's test.csv."""
     names = []
     for name in args.images:
-        if Path(name).is_dir():  # it stands for the images in it
+        if Path(name).is_dir():  # meaning the images in it
             files = sorted(Path(name).iterdir())
             names += [str(f) for f in files if f.suffix.lower() in Image.registered_extensions()]
         else:  # a file, or a wildcard that the shell did not expand
             names += sorted(glob.glob(name)) or [name]
     if not names and not args.kaggle:
-        raise UserError("predict takes image files, a folder of them, or --kaggle and a test.csv")
-    path, _, trainer = load_trainer(args.checkpoint, args.device)
+        raise UserError("no image is given: name files, a folder of them, or --kaggle FILE")
+    path, trainer = load_trainer(args.checkpoint, args.device)
     if args.kaggle:
         loader = TensorLoader(*read_kaggle("", args.kaggle, labelled=False)[:2], trainer.recipe)
         table = list(enumerate(trainer.test(loader)["predictions"].tolist(), start=1))
         solution = path.with_name("solution.csv")
-        with replacing(solution) as file:
+        with atomic_write(solution) as file:
             np.savetxt(file, table, "%d", delimiter=",", header="ImageId,Label", comments="")
         say(f"labels of {len(table):,} images: {solution}")
     read = {}
