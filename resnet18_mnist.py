@@ -223,7 +223,7 @@ def resnet152(**options: Any) -> ResNet:
 
 
 class UserError(Exception):
-    """An error that the user can fix: the command line says it in one line and exits with 2."""
+    """An error that the user can fix: the command line prints it in one line and exits with 2."""
 
 
 def setting(default: Any, help: str, low: float = 0) -> Any:
@@ -250,7 +250,7 @@ class Recipe:
     limit: int = setting(0, "number of training images; 0: all of them")
     rotate: float = setting(6.0, "augmentation: maximum rotation, in degrees")
     shift: float = setting(0.05, "augmentation: maximum shift, as a fraction of the side")
-    stretch: float = setting(0.06, "augmentation: maximum stretch and shear, as a fraction of it")
+    stretch: float = setting(0.06, "augmentation: maximum stretch and shear, as a fraction")
     # Training; the defaults are chosen for ten epochs of ResNet-18
     epochs: int = setting(10, "maximum number of passes over the training images", low=1)
     batch_size: int = setting(128, "images per batch, over all processes", low=2)
@@ -263,9 +263,9 @@ class Recipe:
     lr_factor: float = setting(0.1, "plateau, step: factor that lowers the learning rate")
     lr_patience: int = setting(2, "plateau: tolerated epochs without a lower validation loss")
     # Late epochs mostly bring tiny gains; these alone should not keep the rate high.
-    lr_threshold: float = setting(0.2, "plateau: share by which a loss must fall to count as lower")
+    lr_threshold: float = setting(0.2, "plateau: smallest relative drop that counts as lower")
     lr_step: int = setting(5, "step: epochs from one step to the next", low=1)
-    patience: int = setting(5, "epochs without a lower validation loss that end the run", low=1)
+    patience: int = setting(5, "epochs without any lower validation loss that end the run", low=1)
     # Run
     seed: int = setting(0, "fixes split, first weights, order and augmentation")
     precision: str = setting("auto", "fp32, bf16; auto: bf16 where the hardware computes it fast")
@@ -318,7 +318,7 @@ def read_mnist(data_dir: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     folder = Path(data_dir, "MNIST")
     with explaining(f"cannot read MNIST's four files in {folder / 'raw'}"):
-        if not folder.exists():  # elsewhere at first, since two programs may start at once
+        if not folder.exists():  # into another one first: two programs may start at once
             Path(data_dir).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=data_dir) as aside:
                 datasets.MNIST(aside, download=True)
@@ -481,7 +481,7 @@ def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, group
     has_one_output = stride in ((1, 1), (2, 2)) and max(height, width) <= stride[0]
     if not (is_conv3x3 and has_one_output):
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    # With padding 1, a kernel's center lies on the first pixel, the weights after it on the rest.
+    # With padding 1, a kernel's center meets the first pixel, the weights after it the rest.
     used = weight[:, :, 1 : 1 + height, 1 : 1 + width]
     return F.linear(input.flatten(-3), used.flatten(1), bias)[..., None, None]
 
@@ -489,9 +489,9 @@ def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, group
 # %% 5. Training
 #
 # train_one_epoch() and evaluate() are the core. ResNetTrainer repeats them: each epoch's validation
-# loss tells which weights to keep, when to lower the learning rate, and when to stop. After each
-# epoch it saves what it needs to go on. A resumed run ends with the same weights, to the last bit,
-# as one that was never stopped, on the same CPU with as many threads and at most two processes.
+# loss tells which weights to keep, when plateau lowers the learning rate, and when to stop. After
+# each epoch it saves what it needs to go on. A resumed run ends with the same weights, to the last
+# bit, as one never stopped, on the same CPU with as many threads, in one process or in two.
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -507,7 +507,7 @@ def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", 
     """Go through the loader once; return a dict with loss (mean, nats) and accuracy (%).
 
     Both are measured while the model learns, before each update. ``scheduler`` steps at every
-    update, unless it is plateau's. Raises UserError for a loss that is not finite.
+    update, except plateau's. Raises UserError for a loss that is not finite.
     """
     model.train()
     for layer in model.modules():  # a frozen batch norm keeps its statistics as well
@@ -525,12 +525,12 @@ def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", 
         with context:
             logits = model(images)  # (N, 10)
             loss = F.cross_entropy(logits, labels)
-        # The sum of a group's gradients is then their mean; in an incomplete last group, less.
+        # So a group's gradients sum to their mean; in a short last group, to less.
         (loss / accumulate).backward()
         if step % accumulate == 0 or step == len(loader):
             optimizer.step()
             optimizer.zero_grad()
-            if scheduler and not isinstance(scheduler, ReduceLROnPlateau):  # steps per epoch
+            if scheduler and not isinstance(scheduler, ReduceLROnPlateau):  # steps after validation
                 scheduler.step()
 
         correct = (logits.argmax(dim=1) == labels).sum()
@@ -630,9 +630,9 @@ class ResNetTrainer:
         """Train; end with the weights of the best epoch, in eval mode; return the history.
 
         Loaders yield (images, labels) and have a length; without a ``val_loader`` the training loss
-        decides. ``resume`` is the content of last.pt, whose learning rates go on. ``changes``
-        (num_epochs, learning_rate, all of the recipe's names) override settings. The history has
-        lists with a value per epoch: see ``row`` in _run_epoch(). Raises UserError.
+        decides. ``resume`` is the content of last.pt, with the settings of optimizer and scheduler.
+        ``changes`` (num_epochs, learning_rate, all of the recipe's names) override other settings.
+        The history has lists with a value per epoch: see ``row`` in _run_epoch(). Raises UserError.
         """
         names = {"num_epochs": "epochs", "learning_rate": "lr"}
         changes = {names.get(name, name): value for name, value in changes.items()}
@@ -678,7 +678,7 @@ class ResNetTrainer:
         optimizer, scheduler = self.optimizer, self.scheduler
         learning_rate = optimizer.param_groups[0]["lr"]
         accumulate = self.recipe.accumulate
-        # nn.Conv2d calls F.conv2d(): during the epoch, a faster function takes its place.
+        # nn.Conv2d calls F.conv2d(): here, a faster function takes its place.
         with torch.random.fork_rng(devices=[]), mock.patch.object(F, "conv2d", fast_conv2d):
             # Order and augmentation are drawn on the CPU, from a number that differs for each seed
             # and epoch, so a resumed run need not know what was drawn before.
@@ -704,7 +704,7 @@ class ResNetTrainer:
         say(line + ("  best" if is_best else ""))
 
     def _save(self) -> None:
-        """Write best.pt, history.csv, last.pt; a kill before the last costs one epoch's work."""
+        """Write best.pt, history.csv, last.pt; a run killed before the last repeats an epoch."""
         if not self.run_dir:
             return
         state = {"recipe": asdict(self.recipe), "history": self.history, "model": self.best_weights}
@@ -1049,7 +1049,7 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
         return ink
     parts = split_parts(ink > 0)
     # A large part that, with its holes, fills its box, turned or not, and is not slim as a 1 is a
-    # sheet or a frame: look inside. Else parts at the edge go, if another is a quarter as long.
+    # sheet or a frame: look inside. Else parts at the edge go, if another has an eighth of the ink.
     filled = inside
     for side in (0, 1):  # what has the part on both sides, in its column and in its row
         before = parts[0].cumsum(dim=side) > 0
@@ -1061,9 +1061,9 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
     short, long = boxes[:, boxes.prod(dim=0).argmin()].aminmax()
     encloses = filled.sum() > 0.88 * short * long and 2 * short > long > max(inside.shape) / 4
     touches = (parts & near(~inside)).flatten(1).any(dim=1)
-    sides = torch.maximum(parts.any(dim=1).sum(dim=1), parts.any(dim=2).sum(dim=1))
-    if not encloses and (4 * sides[~touches] >= sides.max()).any():
-        return ink * parts[~touches].any(dim=0)
+    inner = parts[~touches]
+    if not encloses and len(inner) > 0 and 8 * inner[0].sum() > parts[0].sum():
+        return ink * inner.any(dim=0)
     beyond = ~filled if encloses else parts[touches].any(dim=0)
     again = find_digit(colors, inside & ~near(~inside | beyond, 4))
     # If nothing is there, it is a tightly cut digit or a square 0, a blank sheet or a shadow.
