@@ -1049,7 +1049,7 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
         return ink
     parts = split_parts(ink > 0)
     # A large part that, with its holes, fills its box, turned or not, and is not slim as a 1 is a
-    # sheet or a frame: look inside. Else parts at the edge go, if another has an eighth of the ink.
+    # sheet or a frame: look inside. Else parts at the edge go, if another is a quarter as long.
     filled = inside
     for side in (0, 1):  # what has the part on both sides, in its column and in its row
         before = parts[0].cumsum(dim=side) > 0
@@ -1061,9 +1061,9 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
     short, long = boxes[:, boxes.prod(dim=0).argmin()].aminmax()
     encloses = filled.sum() > 0.88 * short * long and 2 * short > long > max(inside.shape) / 4
     touches = (parts & near(~inside)).flatten(1).any(dim=1)
-    inner = parts[~touches]
-    if not encloses and len(inner) > 0 and 8 * inner[0].sum() > parts[0].sum():
-        return ink * inner.any(dim=0)
+    sides = torch.maximum(parts.any(dim=1).sum(dim=1), parts.any(dim=2).sum(dim=1))
+    if not encloses and (4 * sides[~touches] >= sides.max()).any():
+        return ink * parts[~touches].any(dim=0)
     beyond = ~filled if encloses else parts[touches].any(dim=0)
     again = find_digit(colors, inside & ~near(~inside | beyond, 4))
     # If nothing is there, it is a tightly cut digit or a square 0, a blank sheet or a shadow.
