@@ -860,7 +860,7 @@ def visualize_results(model, loader, results: dict, history: dict, run_dir, titl
     wrong = [n for n in surest if results["labels"][n] != results["predictions"][n]]
     first = f"{title}\nthe first images"
     right = f"{title}\n{results['accuracy']:.2f} % of {len(images):,} images right"
-    mistakes = f"{title}\nmistakes, the most confident first: {len(wrong)}"
+    mistakes = f"{title}\nthe most confident of {len(wrong)} mistakes"
     save_figure(plot_curves(history, title), run_dir, "curves.png")
     save_figure(plot_confusion_matrix(results, right), run_dir, "confusion_matrix.png")
     save_figure(plot_digits(images, results, range(len(images)), first), run_dir, "predictions.png")
