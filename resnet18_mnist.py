@@ -1048,26 +1048,27 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
     if not ink.any():
         return ink
     parts = split_parts(ink > 0)
-    # A large part that, with its holes, fills its box, turned or not, and is not slim as a 1 is a
-    # sheet or a frame: look inside. Else parts at the edge go, if another is a quarter as long.
+    sides = torch.maximum(parts.any(dim=1).sum(dim=1), parts.any(dim=2).sum(dim=1))
+    longest = parts[sides.argmax()]
+    # If the longest part, with its holes, fills its box, turned or not, and is no slim 1, look
+    # inside: it is a sheet or a frame. Else parts at the edge go, if another is a quarter as long.
     filled = inside
-    for side in (0, 1):  # what has the part on both sides, in its column and in its row
-        before = parts[0].cumsum(dim=side) > 0
-        after = parts[0].flip(side).cumsum(dim=side).flip(side) > 0
+    for side in (0, 1):  # what has it on both sides, in its column and in its row
+        before = longest.cumsum(dim=side) > 0
+        after = longest.flip(side).cumsum(dim=side).flip(side) > 0
         filled = filled & before & after
     angles = torch.arange(32) * math.pi / 32
-    across = parts[0].nonzero().float() @ torch.stack([angles.cos(), angles.sin()])
+    across = longest.nonzero().float() @ torch.stack([angles.cos(), angles.sin()])
     boxes = (across.amax(dim=0) - across.amin(dim=0) + 1).view(2, 16)  # two sides of each
     short, long = boxes[:, boxes.prod(dim=0).argmin()].aminmax()
     encloses = filled.sum() > 0.88 * short * long and 2 * short > long > max(inside.shape) / 4
     touches = (parts & near(~inside)).flatten(1).any(dim=1)
-    sides = torch.maximum(parts.any(dim=1).sum(dim=1), parts.any(dim=2).sum(dim=1))
     if not encloses and (4 * sides[~touches] >= sides.max()).any():
         return ink * parts[~touches].any(dim=0)
     beyond = ~filled if encloses else parts[touches].any(dim=0)
     again = find_digit(colors, inside & ~near(~inside | beyond, 4))
     # If nothing is there, it is a tightly cut digit or a square 0, a blank sheet or a shadow.
-    is_sheet = encloses and 2 * parts[0].sum() > filled.sum()
+    is_sheet = encloses and 2 * longest.sum() > filled.sum()
     drawn = parts.any(dim=0)
     low, high = drawn.nonzero().aminmax(dim=0)
     fills = (high - low + 5 >= torch.tensor(drawn.shape)).all()

@@ -722,7 +722,7 @@ def test_what_surrounds_a_digit_is_no_part_of_it():
         "page edge, two sides": (np.where((V > 0.85) | (U > 0.85), 60, 230), 40),
         "shadowed corner, pencil": (np.where(U + V < 0.35, 90, 230), 150),
         "cell of a form": (np.where(np.minimum(U, V) < 0.03, 0, 230), 40),
-        "frame": (np.where(square(0.4) & ~square(0.36), 0, 230), 40),
+        "frame": (np.where(square(0.35, turn=0.1) & ~square(0.34, turn=0.1), 0, 230), 40),
         "cell of a form, pencil": (np.where(np.minimum(U, V) < 0.03, 0, 230), 150),
         "sheet on a table": (np.where(square(0.35), 235, 50), 30),
         "sheet on a table, pencil": (np.where(square(0.3), 235, 50), 170),
