@@ -900,7 +900,7 @@ def list_layers(model: nn.Module, image: Tensor) -> list[dict[str, Any]]:
     """Send one image (1, C, H, W) through the model; return its layers in running order.
 
     Each has a name, output shape, parameters (with those of the batch norm behind it), FLOPs (a
-    multiply-add is two; in the paper, one) and the share of live weights, which meet any pixel.
+    multiply-add is two; in the paper, one) and the share of live weights, which ever meet a pixel.
     """
     calls, layers = [], []
     with nn.modules.module.register_module_forward_hook(lambda *call: calls.append(call)):
@@ -1050,10 +1050,10 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
     parts = split_parts(ink > 0)
     sides = torch.maximum(parts.any(dim=1).sum(dim=1), parts.any(dim=2).sum(dim=1))
     longest = parts[sides.argmax()]
-    # If the longest part, with its holes, fills its box, turned or not, and is no slim 1, look
+    # If the longest part, with its holes, fills its box, turned or not, and is wider than a 1, look
     # inside: it is a sheet or a frame. Else parts at the edge go, if another is a quarter as long.
     filled = inside
-    for side in (0, 1):  # what has it on both sides, in its column and in its row
+    for side in (0, 1):  # between its first and last pixel, in columns and in rows
         before = longest.cumsum(dim=side) > 0
         after = longest.flip(side).cumsum(dim=side).flip(side) > 0
         filled = filled & before & after
@@ -1131,6 +1131,8 @@ def plot_readings(read: dict[str, tuple], probabilities: Tensor) -> Figure:
 
 from torchvision import models
 
+RUNS = Path("runs")
+
 
 def lenet5(num_classes: int = 10, input_channels: int = 1, stem=None) -> nn.Sequential:
     """LeNet-5 (LeCun 1998, II.B): (N, C, H, W) → (N, num_classes); ``stem`` is not used.
@@ -1199,9 +1201,6 @@ def load_weights(model: nn.Module, recipe: Recipe) -> None:
             raise ValueError(f"it has {list(state)[:2]} ..., not {list(target)[:2]} ...")
         rest = model.load_state_dict(fits, strict=False).missing_keys
     say(f"weights {len(fits)} of {len(state)} tensors loaded, newly initialized: {rest or 'none'}")
-
-
-RUNS = Path("runs")
 
 
 def load_checkpoint(run: str | Path | None, name: str) -> tuple[Path, dict[str, Any]]:
