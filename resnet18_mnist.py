@@ -9,7 +9,7 @@
     python resnet18_mnist.py predict digit.png  read a digit from a photo or a drawing
     python resnet18_mnist.py describe           each layer's shape, parameters and FLOPs
 
-Sections 1 to 5, which end at line 734, show how a ResNet is built and trained. Each section is a
+Sections 1 to 5, which end at line 720, show how a ResNet is built and trained. Each section is a
 notebook cell that needs only the ones above it:
 
     1  Network       the residual block, and five depths built from it
@@ -47,7 +47,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW, RMSprop
 from torch.optim.lr_scheduler import ConstantLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torchvision import datasets
@@ -136,7 +135,7 @@ class ResNet(nn.Module):
     """A stem (convolution and pool), four stages of blocks, a global mean, a linear classifier.
 
     ``layers`` has the number of blocks in each stage. The stem "imagenet" shrinks each side to a
-    quarter, which is cheap; "cifar" keeps all pixels, as for CIFAR-10's 32×32 (He 2015a, 4.2).
+    quarter, so all after it is cheap; "cifar" keeps all pixels, as for CIFAR-10 (He 2015a, 4.2).
     """
 
     def __init__(self, block, layers: list[int], num_classes=10, input_channels=1, stem="imagenet"):
@@ -238,7 +237,7 @@ class Recipe:
     # Network
     model: str = setting("resnet18", "network: ")
     input: str = setting("gray28", "channels, and pixels per side: ")
-    stem: str = setting("auto", "imagenet (7x7, pool) or cifar (3x3); auto suits the input")
+    stem: str = setting("auto", "imagenet (7x7, pool), cifar (3x3); auto: what suits the input")
     plain: bool = setting(False, "the same layers without shortcuts, to see what these do")
     weights: str = setting("", "weights to start from: imagenet, or a file")
     freeze: str = setting("", "parts that keep their weights, as in conv1,bn1,layer1")
@@ -265,7 +264,7 @@ class Recipe:
     # Late epochs mostly bring tiny gains; these alone should not keep the rate high.
     lr_threshold: float = setting(0.2, "plateau: smallest relative drop that counts as lower")
     lr_step: int = setting(5, "step: epochs from one step to the next", low=1)
-    patience: int = setting(5, "epochs without any lower validation loss that end the run", low=1)
+    patience: int = setting(5, "end after so many epochs without any lower validation loss", low=1)
     # Run
     seed: int = setting(0, "fixes split, first weights, order and augmentation")
     precision: str = setting("auto", "fp32, bf16; auto: bf16 where the hardware computes it fast")
@@ -283,7 +282,7 @@ class Recipe:
 
 @contextmanager
 def explaining(message: str) -> Iterator[None]:
-    """Turn any error into a UserError: this message, then the first line of the error's."""
+    """Turn any error into a UserError: ``message``, then the first line of the error's own."""
     try:
         yield
     except Exception as error:
@@ -318,12 +317,13 @@ def read_mnist(data_dir: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     folder = Path(data_dir, "MNIST")
     with explaining(f"cannot read MNIST's four files in {folder / 'raw'}"):
-        if not folder.exists():  # into another one first: two programs may start at once
+        if not folder.exists():
+            # Another program may do the same right now, so each downloads into a private folder.
             Path(data_dir).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=data_dir) as aside:
-                datasets.MNIST(aside, download=True)
+            with tempfile.TemporaryDirectory(dir=data_dir) as private:
+                datasets.MNIST(private, download=True)
                 with suppress(OSError):  # the other program was faster
-                    Path(aside, "MNIST").rename(folder)
+                    Path(private, "MNIST").rename(folder)
         train = datasets.MNIST(data_dir, train=True, download=True)  # fetches what is missing
         test = datasets.MNIST(data_dir, train=False)
         for part in (train, test):
@@ -339,18 +339,18 @@ READERS: dict[str, Callable] = {"mnist": read_mnist}
 def split_by_class(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return shuffled indices (train, validation), split in the same ratio in each class."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    sorted_by_class = order[labels[order].argsort(stable=True)]  # shuffled within each class
-    # Every twelfth image in it, say, gives a twelfth of each class.
-    evenly = torch.arange(val_size) * len(labels) // max(val_size, 1)
-    held_out = torch.isin(order, sorted_by_class[evenly])
+    by_class = order[labels[order].argsort(stable=True)]  # shuffled within each class
+    # Places at equal distances in this list have the same share of each class.
+    places = torch.arange(val_size) * len(labels) // max(val_size, 1)
+    held_out = torch.isin(order, by_class[places])
     return order[~held_out], order[held_out]
 
 
 def distort(images: Tensor, draws: Tensor, recipe: Recipe) -> Tensor:
-    """Rotate, shift and stretch each image (N, C, H, W) by its own draws (2, N, 3) in [-1, 1)."""
+    """Rotate, shift, stretch, shear each image (N, C, H, W) by its draws (2, N, 3) in [-1, 1)."""
     # torchvision's transforms would give one draw to the whole batch.
     angle = math.radians(recipe.rotate) * draws[0, :, 0]
-    dx, dy = 2 * recipe.shift * draws[0, :, 1:].T  # a side is 2 long, from -1 to 1
+    dx, dy = 2 * recipe.shift * draws[0, :, 1:].T  # affine_grid()'s sides go from -1 to 1
     wide, shear, high = recipe.stretch * draws[1].T
     # theta maps each output position to the input position (x, y) that it reads.
     x_row = torch.stack([angle.cos() + wide, shear - angle.sin(), dx], dim=1)
@@ -365,6 +365,15 @@ RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
+def say(text: str, end: str = "\n") -> None:
+    """Print, in the first process; if the pipe is closed, as by ``| head``, the run goes on."""
+    try:
+        if RANK == 0:
+            print(text, end=end, flush=True)
+    except BrokenPipeError:  # from now on, prints go nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class TensorLoader:
     """Batches (B, C, S, S) float, with labels (B,), of images (N, 28, 28) uint8 and labels (N,).
 
@@ -374,13 +383,8 @@ class TensorLoader:
     def __init__(self, images: Tensor, labels: Tensor, recipe: Recipe, train: bool = False):
         self.images, self.labels = images[:, None], labels
         self.recipe, self.train = recipe, train
-        share = max(2, recipe.batch_size // WORLD_SIZE)  # this process's; batch norm needs two
+        share = max(2, recipe.batch_size // WORLD_SIZE)  # per process; batch norm needs two images
         self.batch_size = share if train else 250  # in evaluation it affects only the speed
-
-    def to(self, device: torch.device | str) -> TensorLoader:
-        """Move images and labels to ``device``, once."""
-        self.images, self.labels = self.images.to(device), self.labels.to(device)
-        return self
 
     def __len__(self) -> int:
         n = len(self.labels)
@@ -412,7 +416,8 @@ class MNISTDataLoader:
 
     def __init__(self, data_dir: str | Path = "data", recipe: Recipe | None = None, **changes: Any):
         recipe = replace(recipe or Recipe(), **changes)
-        images, labels, *test = look_up(READERS, recipe.dataset, "dataset")(data_dir)
+        read = look_up(READERS, recipe.dataset, "dataset")
+        images, labels, *test = read(data_dir)
         val_size = 0 if recipe.select_on == "test" else (recipe.val_size or len(labels) // 12)
         train, val = split_by_class(labels, val_size, recipe.seed)
         train = train[: recipe.limit or None]
@@ -420,8 +425,6 @@ class MNISTDataLoader:
         self.test = TensorLoader(*test, recipe)
         loaders = {"val": TensorLoader(images[val], labels[val], recipe), "test": self.test}
         self.val = look_up(loaders, recipe.select_on, "select_on")
-        if len(self.test) == 0:  # as in Kaggle's data
-            self.test = self.val
         if len(self.train) == 0 or len(self.val) == 0:
             raise UserError("too few images to train on or to select on: see --limit, --val-size")
 
@@ -473,8 +476,8 @@ def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, group
     """Do what F.conv2d() does, faster for a 3×3 convolution whose output is a single position.
 
     Only speed and rounding change, so skip this at a first reading. On a 1×1 map, or with stride 2
-    on 2×2, most of a kernel's nine weights meet padding only. Without them the same sum is a matrix
-    product, which halves a step's time (gray28, ResNet-18, CPU, float32).
+    on 2×2, most of a kernel's nine weights meet padding only. The sum over the others is a matrix
+    product, which halves the time of training (gray28, ResNet-18, CPU, float32).
     """
     is_conv3x3 = weight.shape[2:] == (3, 3) and padding == dilation == (1, 1) and groups == 1
     height, width = input.shape[-2:]
@@ -490,24 +493,15 @@ def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, group
 #
 # train_one_epoch() and evaluate() are the core. ResNetTrainer repeats them: each epoch's validation
 # loss tells which weights to keep, when plateau lowers the learning rate, and when to stop. After
-# each epoch it saves what it needs to go on. A resumed run ends with the same weights, to the last
-# bit, as one never stopped, on the same CPU with as many threads, in one process or in two.
-
-
-def say(text: str, end: str = "\n") -> None:
-    """Print, in the first process; if the pipe is closed, as by ``| head``, the run goes on."""
-    try:
-        if RANK == 0:
-            print(text, end=end, flush=True)
-    except BrokenPipeError:  # from now on, prints go nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+# each epoch it saves what it needs to go on. A resumed run ends with the very same weights as one
+# never stopped, on the same CPU, with as many threads and as many processes: one or two.
 
 
 def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", accumulate=1):
     """Go through the loader once; return a dict with loss (mean, nats) and accuracy (%).
 
-    Both are measured while the model learns, before each update. ``scheduler`` steps at every
-    update, except plateau's. Raises UserError for a loss that is not finite.
+    Both are measured while the model learns, before each update. ``scheduler`` steps after every
+    update; plateau's steps in the caller, after validation. UserError if the loss is not finite.
     """
     model.train()
     for layer in model.modules():  # a frozen batch norm keeps its statistics as well
@@ -525,12 +519,12 @@ def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", 
         with context:
             logits = model(images)  # (N, 10)
             loss = F.cross_entropy(logits, labels)
-        # So a group's gradients sum to their mean; in a short last group, to less.
+        # Gradients of ``accumulate`` batches add up to their mean; of a short last group, to less.
         (loss / accumulate).backward()
         if step % accumulate == 0 or step == len(loader):
             optimizer.step()
             optimizer.zero_grad()
-            if scheduler and not isinstance(scheduler, ReduceLROnPlateau):  # steps after validation
+            if scheduler and not isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step()
 
         correct = (logits.argmax(dim=1) == labels).sum()
@@ -541,7 +535,7 @@ def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", 
             last_look = time.perf_counter()
             mean_loss = totals[0].item() / seen
             if not math.isfinite(mean_loss):
-                raise UserError(f"the loss became {mean_loss} by step {step}: try a lower --lr")
+                raise UserError(f"the loss became {mean_loss} by batch {step}: try a lower --lr")
             if sys.stdout and sys.stdout.isatty():  # a live line, which the next one overwrites
                 say(f"batch {step}/{len(loader)}  loss {mean_loss:.4f}\033[K", end="\r")
     if WORLD_SIZE > 1:
@@ -563,11 +557,10 @@ def evaluate(model: nn.Module, loader, precision: str = "fp32") -> dict[str, Any
         targets.append(labels)
     logits, labels = torch.cat(outputs).float().cpu(), torch.cat(targets).cpu()
     predictions = logits.argmax(dim=1)
-    results: dict[str, Any] = {"predictions": predictions, "labels": labels}
-    results["probabilities"] = logits.softmax(dim=1)
-    results["loss"] = F.cross_entropy(logits, labels).item()
-    results["accuracy"] = 100 * (predictions == labels).sum().item() / len(labels)
-    return results
+    loss = F.cross_entropy(logits, labels).item()
+    accuracy = 100 * (predictions == labels).sum().item() / len(labels)
+    results = {"loss": loss, "accuracy": accuracy, "predictions": predictions, "labels": labels}
+    return results | {"probabilities": logits.softmax(dim=1)}
 
 
 # How to make an optimizer from parameters p and a recipe r.
@@ -597,11 +590,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     with explaining(f"cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        yield temporary
+        os.replace(temporary, path)
 
 
 def best_epoch(history: dict[str, list]) -> int:
@@ -611,10 +601,11 @@ def best_epoch(history: dict[str, list]) -> int:
 
 
 class ResNetTrainer:
-    """Trains and tests a classifier; parameters with requires_grad=False stay as they are.
+    """Trains and tests a classifier: ``ResNetTrainer(resnet18()).train(data.train, data.val)``.
 
-    ``device`` None picks the best. The recipe's network, data and batch_size are not used. Files go
-    to ``run_dir``, if there is one; of several processes, give it to the first alone.
+    Here ``data`` is an MNISTDataLoader(). Parameters with requires_grad=False stay as they are.
+    ``device`` None picks the best. The recipe's network and data are not used. Files go to
+    ``run_dir``, if given; of several processes, only the first should have one.
     """
 
     def __init__(self, model: nn.Module, device=None, recipe: Recipe | None = None, run_dir=None):
@@ -630,37 +621,34 @@ class ResNetTrainer:
         """Train; end with the weights of the best epoch, in eval mode; return the history.
 
         Loaders yield (images, labels) and have a length; without a ``val_loader`` the training loss
-        decides. ``resume`` is the content of last.pt, with the settings of optimizer and scheduler.
-        ``changes`` (num_epochs, learning_rate, all of the recipe's names) override other settings.
+        decides. ``changes`` override the recipe's settings; num_epochs and learning_rate stand for
+        epochs and lr. ``resume`` is the content of last.pt, whose optimizer and scheduler go on.
         The history has lists with a value per epoch: see ``row`` in _run_epoch(). Raises UserError.
         """
         names = {"num_epochs": "epochs", "learning_rate": "lr"}
         changes = {names.get(name, name): value for name, value in changes.items()}
         recipe = self.recipe = replace(self.recipe, **changes)
         self.precision = pick_precision(recipe.precision, self.device)
-        if isinstance(train_loader, TensorLoader):
-            train_loader.to(self.device)
+        if isinstance(train_loader, TensorLoader):  # moved once, not batch by batch
+            train_loader.images = train_loader.images.to(self.device)
+            train_loader.labels = train_loader.labels.to(self.device)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         updates = math.ceil(len(train_loader) / recipe.accumulate)
         with explaining("this recipe cannot be followed"):
             self.optimizer = look_up(OPTIMIZERS, recipe.optimizer, "optimizer")(trainable, recipe)
             make_scheduler = look_up(SCHEDULERS, recipe.scheduler, "scheduler")
             self.scheduler = make_scheduler(self.optimizer, updates, recipe)
-        self.history = {"epoch": []}
-        self.best_weights = {}
+        self.history = resume["history"] if resume else {"epoch": []}
+        self.best_weights = resume["model"] if resume else {}
         if resume:
             with explaining("this cannot be resumed: it is not the last.pt of such a run"):
                 for name in ("model", "optimizer", "scheduler"):
                     getattr(self, name).load_state_dict(resume[f"last_{name}"])
-                self.history = resume["history"]
-                self.best_weights = resume["model"]
         ddp_model = self.model
         if WORLD_SIZE > 1:
             # Each process trains on a share of every batch; its batch norms see only that share.
             # DDP copies the first one's weights and averages all gradients, so all stay in step.
-            if not dist.is_initialized():
-                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-            ddp_model = DistributedDataParallel(self.model)
+            ddp_model = nn.parallel.DistributedDataParallel(self.model)
         self._save()  # a run killed in epoch 1 can be resumed, too
         say("epoch  train loss       %   val loss       %        lr       s")
         for epoch in range(len(self.history["epoch"]) + 1, recipe.epochs + 1):
@@ -668,28 +656,26 @@ class ResNetTrainer:
                 say(f"stopped early: no lower loss for {recipe.patience} epochs")
                 break
             self._run_epoch(epoch, ddp_model, train_loader, val_loader)
-        self.model.load_state_dict(self.best_weights)
-        self.model.eval()
+        self.model.eval().load_state_dict(self.best_weights)
         return self.history
 
     def _run_epoch(self, epoch: int, model, loader, val_loader) -> None:
-        """Train for an epoch, validate, save, and print how it went."""
+        """Train ``model`` (self.model, or DDP around it) for an epoch; validate, save, print."""
         started = time.perf_counter()
-        optimizer, scheduler = self.optimizer, self.scheduler
-        learning_rate = optimizer.param_groups[0]["lr"]
-        accumulate = self.recipe.accumulate
-        # nn.Conv2d calls F.conv2d(): here, a faster function takes its place.
+        recipe = self.recipe
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        # nn.Conv2d calls F.conv2d(); during this epoch, fast_conv2d() takes its place.
         with torch.random.fork_rng(devices=[]), mock.patch.object(F, "conv2d", fast_conv2d):
             # Order and augmentation are drawn on the CPU, from a number that differs for each seed
             # and epoch, so a resumed run need not know what was drawn before.
-            torch.default_generator.manual_seed(self.recipe.seed * 1_000_003 + epoch)
-            train = train_one_epoch(model, loader, optimizer, scheduler, self.precision, accumulate)
-            # DDP gives all processes the first one's batch-norm statistics, so all losses agree.
+            torch.default_generator.manual_seed(recipe.seed * 1_000_003 + epoch)
+            train = train_one_epoch(
+                model, loader, self.optimizer, self.scheduler, self.precision, recipe.accumulate
+            )
+            # On all images in each process; DDP gives all the first one's batch-norm statistics.
             val = train if val_loader is None else evaluate(model, val_loader, self.precision)
-        if not math.isfinite(val["loss"]):
-            raise UserError(f"the validation loss became {val['loss']}: try a lower --lr")
-        if isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step(val["loss"])
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(val["loss"])
         row = {"epoch": epoch, "train_loss": train["loss"], "train_accuracy": train["accuracy"]}
         row |= {"val_loss": val["loss"], "val_accuracy": val["accuracy"]}
         row |= {"learning_rate": learning_rate, "seconds": time.perf_counter() - started}
@@ -704,14 +690,14 @@ class ResNetTrainer:
         say(line + ("  best" if is_best else ""))
 
     def _save(self) -> None:
-        """Write best.pt, history.csv, last.pt; a run killed before the last repeats an epoch."""
+        """Write best.pt, history.csv and last.pt; a run killed before last.pt repeats the epoch."""
         if not self.run_dir:
             return
         state = {"recipe": asdict(self.recipe), "history": self.history, "model": self.best_weights}
         if self.best_weights:
             with atomic_write(self.run_dir / "best.pt") as file:
                 torch.save(state, file)
-        for name in ("model", "optimizer", "scheduler"):  # where training goes on
+        for name in ("model", "optimizer", "scheduler"):  # to go on from
             state[f"last_{name}"] = getattr(self, name).state_dict()
         with atomic_write(self.run_dir / "history.csv") as temp, open(temp, "w", newline="") as out:
             rows = zip(*self.history.values(), strict=True)
@@ -872,17 +858,18 @@ def visualize_results(model, loader, results: dict, history: dict, run_dir, titl
 def report_run(trainer: ResNetTrainer, data: MNISTDataLoader) -> None:
     """Test the best epoch's network and report; write report and pictures if it has a folder."""
     recipe, history = trainer.recipe, trainer.history
-    results = trainer.test(data.test)
+    has_test = len(data.test) > 0  # Kaggle publishes no labels of its test images
+    loader = data.test if has_test else data.val
+    results = trainer.test(loader)
     epoch = best_epoch(history)
     loss, accuracy = history["val_loss"][epoch - 1], history["val_accuracy"][epoch - 1]
     chosen_on = "validation set" if recipe.select_on == "val" else "TEST SET, which is optimistic"
-    # Where no test images have labels, as in Kaggle's data, .test is .val.
-    tested = "validation" if recipe.select_on == "val" and data.test is data.val else "test"
+    tested = "test" if has_test else "validation"
     scores = f"{tested} loss {results['loss']:.4f}, {tested} accuracy {results['accuracy']:.2f} %"
     correct = (results["predictions"] == results["labels"]).sum()
     report = f"""{recipe.model}, {recipe.input}, dataset {recipe.dataset}, seed {recipe.seed}
 epoch {epoch}, selected on the {chosen_on}: loss {loss:.4f}, {accuracy:.2f} %
-{scores} ({correct:,} of {len(data.test.labels):,} images)
+{scores} ({correct:,} of {len(loader.labels):,} images)
 
 {classification_report(results)}
 """
@@ -891,17 +878,19 @@ epoch {epoch}, selected on the {chosen_on}: loss {loss:.4f}, {accuracy:.2f} %
         with atomic_write(trainer.run_dir / "report.txt") as file:
             file.write_bytes(report.encode())
         title = f"{recipe.model}, {recipe.input}, {recipe.dataset}"
-        visualize_results(trainer.model, data.test, results, history, trainer.run_dir, title)
+        visualize_results(trainer.model, loader, results, history, trainer.run_dir, title)
         say(f"weights, history, report and pictures: {trainer.run_dir}")
 
 
 @torch.no_grad()
-def list_layers(model: nn.Module, image: Tensor) -> list[dict[str, Any]]:
-    """Send one image (1, C, H, W) through the model; return its layers in running order.
+def visualize_model_architecture(model: nn.Module, image_size: int = 28) -> None:
+    """Print the layers that an image with sides of ``image_size`` pixels meets, in this order.
 
-    Each has a name, output shape, parameters (with those of the batch norm behind it), FLOPs (a
-    multiply-add is two; in the paper, one) and the share of live weights, which ever meet a pixel.
+    The parameters of a convolution include those of the batch norm after it. A multiply-add counts
+    as two FLOPs; in the paper, as one.
     """
+    weight = next(w for w in model.parameters() if w.dim() == 4)  # of the first convolution
+    image = weight.new_zeros(1, weight.shape[1], image_size, image_size)
     calls, layers = [], []
     with nn.modules.module.register_module_forward_hook(lambda *call: calls.append(call)):
         model.eval()(image)
@@ -922,20 +911,12 @@ def list_layers(model: nn.Module, image: Tensor) -> list[dict[str, Any]]:
             layers[-1]["parameters"] += layer["parameters"]
         elif layer["flops"] or "Pool" in type(module).__name__:
             layers.append(layer)
-    return layers
-
-
-def visualize_model_architecture(model: nn.Module, image_size: int = 28) -> None:
-    """Print the layers that an image with sides of ``image_size`` pixels meets."""
-    weight = next(w for w in model.parameters() if w.dim() == 4)  # of the first convolution
-    shape = (weight.shape[1], image_size, image_size)
-    layers = list_layers(model, weight.new_zeros(1, *shape))
     parameters = sum(layer["parameters"] for layer in layers)
     flops = sum(layer["flops"] for layer in layers)
     live = sum(layer["parameters"] * layer["live"] for layer in layers) / parameters
     total = {"name": "total", "shape": "", "parameters": parameters, "flops": flops, "live": live}
     say("layer                    output   parameters          FLOPs     live")
-    say(f"input                {'x'.join(map(str, shape)):>10}")
+    say(f"input                {'x'.join(map(str, image.shape[1:])):>10}")
     for layer in [*layers, total]:
         say("{name:21}{shape:>10}{parameters:13,}{flops:15,}{live:9.1%}".format(**layer))
     say("FLOPs: one image forward, a multiply-add counted as two.")
@@ -1166,12 +1147,10 @@ def build_model(recipe: Recipe) -> nn.Module:
 
 def read_tensors(path: str | Path) -> dict[str, Any]:
     """Load onto the CPU what torch.save() wrote; run nothing. Raises UserError, OSError."""
-    with open(path, "rb") as file:
-        try:
-            return dict(torch.load(file, map_location="cpu", weights_only=True))
-        except Exception as error:
-            what = "is damaged, or holds Python objects, which are not run: save a state_dict()"
-            raise UserError(f"{path} {what}") from error
+    with open(path, "rb") as file, suppress(Exception):
+        return dict(torch.load(file, map_location="cpu", weights_only=True))
+    what = "is damaged, or holds Python objects, which are not run: save a state_dict()"
+    raise UserError(f"{path} {what}")
 
 
 def load_weights(model: nn.Module, recipe: Recipe) -> None:
@@ -1180,17 +1159,15 @@ def load_weights(model: nn.Module, recipe: Recipe) -> None:
     The first convolution is adapted to the channels. What does not fit stays newly initialized,
     such as a head for other classes; a line says so. Raises UserError if nothing fits.
     """
-    if recipe.weights == "imagenet":
-        with explaining(f"no ImageNet weights for {recipe.model}; --weights takes a file, too"):
-            weights = models.get_model_weights(recipe.model).DEFAULT
-            say(f"weights {weights.url}")
-            state = weights.get_state_dict(progress=False, check_hash=True)
-    else:
-        state = read_tensors(recipe.weights)
-        state = state.get("model", state.get("state_dict", state))  # where checkpoints have it
     target = model.state_dict()
     first = next(iter(target))
-    with explaining(f"nothing in {recipe.weights} fits {recipe.model}"):
+    with explaining(f"{recipe.model} cannot start from {recipe.weights}"):
+        if recipe.weights == "imagenet":
+            weights = models.get_model_weights(recipe.model).DEFAULT
+            state = weights.get_state_dict(progress=False, check_hash=True)
+        else:
+            state = read_tensors(recipe.weights)
+            state = state.get("model", state.get("state_dict", state))  # where checkpoints have it
         channels = target[first].shape[1]
         if first in state and state[first].shape[1] != channels:
             # A gray image then gets the same answer as its RGB copy.
@@ -1234,7 +1211,6 @@ import itertools
 import shutil
 
 # Common ways to train a ResNet on MNIST. A patience of 99 switches early stopping off.
-# fmt: off
 RECIPES = {
     "plateau":   Recipe(),
     "rgb32":     Recipe(input="rgb32", rotate=0, shift=0, stretch=0, lr=0.01, scheduler="none",
@@ -1250,8 +1226,7 @@ RECIPES = {
                         scheduler="onecycle", patience=99),
     "best":      Recipe(stem="cifar", rotate=10, shift=0.08, stretch=0.1, epochs=12, batch_size=256,
                         optimizer="nesterov", lr=0.1, scheduler="onecycle", patience=99),
-}
-# fmt: on
+}  # fmt: skip
 
 
 def prepare_run(args: argparse.Namespace) -> tuple[ResNetTrainer, MNISTDataLoader, dict]:
@@ -1289,7 +1264,7 @@ def prepare_run(args: argparse.Namespace) -> tuple[ResNetTrainer, MNISTDataLoade
 
 
 def command_train(args: argparse.Namespace) -> None:
-    """Train a ResNet on MNIST, test it, and draw how it went."""
+    """Train, test, draw how it went (the default)."""
     trainer, data, checkpoint = prepare_run(args)
     recipe = trainer.recipe
     run_dir = trainer.run_dir
@@ -1301,6 +1276,8 @@ def command_train(args: argparse.Namespace) -> None:
     say(f"model   {recipe.model} for {recipe.input}: {parameters:,} parameters")
     say(f"run     {run_dir}\n")
     try:
+        if WORLD_SIZE > 1:
+            dist.init_process_group("nccl" if trainer.device.type == "cuda" else "gloo")
         trainer.train(data.train, data.val, resume=checkpoint)
         report_run(trainer, data)
     except KeyboardInterrupt:
@@ -1326,7 +1303,7 @@ def command_evaluate(args: argparse.Namespace) -> None:
 
 
 def command_predict(args: argparse.Namespace) -> int:
-    """Read digits from image files, or label Kaggle's test.csv."""
+    """Read digits from images or a Kaggle test.csv."""
     names = []
     for name in args.images:
         if Path(name).is_dir():  # meaning the images in it
@@ -1362,7 +1339,7 @@ def command_predict(args: argparse.Namespace) -> int:
 
 
 def command_describe(args: argparse.Namespace) -> None:
-    """Print each layer's output shape, parameters, FLOPs and share of live weights."""
+    """Show the layers of a network."""
     recipe = Recipe(**args.changes)
     say(f"{recipe.model} for {recipe.input}")
     visualize_model_architecture(build_model(recipe), INPUTS[recipe.input][1])
@@ -1370,10 +1347,7 @@ def command_describe(args: argparse.Namespace) -> None:
 
 COMMANDS = {"train": command_train, "evaluate": command_evaluate}
 COMMANDS |= {"predict": command_predict, "describe": command_describe}
-USAGE = """resnet18_mnist.py [train] [flags]     train, test, report, draw
-       resnet18_mnist.py evaluate [RUN ...]  test runs' best networks again
-       resnet18_mnist.py predict IMAGE ...   read digits from image files
-       resnet18_mnist.py describe [flags]    show the layers of a network"""
+USAGE = [f"resnet18_mnist.py {name:10}{run.__doc__}" for name, run in COMMANDS.items()]
 
 # The first setting of each group of flags, and the settings whose values are a table's keys.
 GROUPS = {"model": "network", "dataset": "data", "epochs": "training", "seed": "run"}
@@ -1383,8 +1357,8 @@ TABLES |= {"model": NETWORKS, "optimizer": OPTIMIZERS, "scheduler": SCHEDULERS}
 
 def parse(command: str, arguments: list[str]) -> argparse.Namespace:
     """Return a command's flags by their names. Each setting of a recipe is a flag of train."""
-    parser = argparse.ArgumentParser(usage=USAGE, allow_abbrev=False, exit_on_error=False)
-    parser.description = COMMANDS[command].__doc__
+    usage = "\n       ".join(USAGE)
+    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False, exit_on_error=False)
     add = parser.add_argument
     settings = {"train": fields(Recipe), "describe": fields(Recipe)[:4]}  # the network's
     for entry in settings.get(command, ()):
@@ -1436,12 +1410,8 @@ def main(arguments=()) -> int:
         args = parse(command, arguments)
         keep_freed_memory()
         return COMMANDS[command](args) or 0
-    except (UserError, OSError, argparse.ArgumentError) as error:
+    except (UserError, OSError, argparse.ArgumentError, torch.cuda.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
-    except RuntimeError as error:
-        if "out of memory" not in str(error) and "tried to allocate" not in str(error):
-            raise
-        print("error: out of memory; to train, a smaller --batch-size needs less", file=sys.stderr)
     except KeyboardInterrupt:
         return 130
     return 2
