@@ -9,7 +9,7 @@
     python resnet18_mnist.py predict digit.png  read a digit from a photo or a drawing
     python resnet18_mnist.py describe           each layer's shape, parameters and FLOPs
 
-Sections 1 to 5, which end at line 720, show how a ResNet is built and trained. Each section is a
+Sections 1 to 5, which end at line 721, show how a ResNet is built and trained. Each section is a
 notebook cell that needs only the ones above it:
 
     1  Network       the residual block, and five depths built from it
@@ -361,6 +361,7 @@ def distort(images: Tensor, draws: Tensor, recipe: Recipe) -> Tensor:
 
 
 # torchrun starts a program several times at once, usually once per GPU, and numbers the processes.
+# Each trains on a share of every batch; the first one prints and writes.
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -741,7 +742,7 @@ def classification_report(results: dict) -> str:
     """Return precision, recall, F1 (%) as text: per digit, averaged over digits and over images."""
     matrix = confusion_matrix(results)
     hits, images, predicted = matrix.diag(), matrix.sum(dim=1), matrix.sum(dim=0)
-    # Precision divides hits by what was predicted, recall by what is there, F1 by the mean of both.
+    # Hits are divided by how often a digit was predicted, by how often it occurs, by their mean.
     counts = torch.stack([predicted, images, (images + predicted) / 2], dim=1)
     scores = 100 * hits[:, None] / counts.clamp(min=1)  # (digits, 3)
     line = "{:<9}{:10.2f}{:10.2f}{:10.2f}{:10,}"
@@ -755,7 +756,7 @@ def classification_report(results: dict) -> str:
 
 
 def new_figure(rows: int, columns: int, width: float, height: float, title: str = "", **look):
-    """Return a figure of width × height inches with a title, and its axes (rows, columns)."""
+    """Return a figure of width × height inches, and its axes (rows, columns), which look alike."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, parse_math=False)
     return figure, figure.subplots(rows, columns, squeeze=False, subplot_kw=look)
@@ -810,7 +811,7 @@ def plot_confusion_matrix(results: dict, title: str = "") -> Figure:
 
 
 def plot_digits(images: Tensor, results: dict, chosen: Sequence, title: str = "") -> Figure:
-    """Draw up to 40 images (N, C, S, S), at the indices ``chosen``; wrong answers are vermilion."""
+    """Draw up to 40 images (N, C, S, S), at indices ``chosen``; captions of mistakes are red."""
     rows = min(max(1, math.ceil(len(chosen) / 8)), 5)
     figure, axes = new_figure(rows, 8, 10, 1.65 * rows + 0.7, title, **BARE)
     for axis, number in zip(axes.flat, chosen, strict=False):
@@ -856,7 +857,7 @@ def visualize_results(model, loader, results: dict, history: dict, run_dir, titl
 
 
 def report_run(trainer: ResNetTrainer, data: MNISTDataLoader) -> None:
-    """Test the best epoch's network and report; write report and pictures if it has a folder."""
+    """Test the best epoch's network, report, write report and pictures to the trainer's folder."""
     recipe, history = trainer.recipe, trainer.history
     has_test = len(data.test) > 0  # Kaggle publishes no labels of its test images
     loader = data.test if has_test else data.val
@@ -935,7 +936,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 def draw_synthetic_digits(data_dir=None, train_size: int = 6000, test_size: int = 1000) -> tuple:
-    """Draw digits in matplotlib's fonts, the same ones each time; return what read_mnist() does."""
+    """Draw digits in matplotlib's fonts, the same each time; return them as read_mnist() does."""
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
     paths = [path for path in sorted(folder.glob("DejaVu*")) if "Display" not in path.name]
     fonts = [ImageFont.truetype(path, size) for path in paths for size in range(32, 51, 3)]
@@ -953,7 +954,7 @@ def draw_synthetic_digits(data_dir=None, train_size: int = 6000, test_size: int 
 
 
 def read_kaggle(data_dir, name="train.csv", labelled=True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Read a CSV of Kaggle's Digit Recognizer like read_mnist(); without labels, zeros."""
+    """Read a CSV of Kaggle's Digit Recognizer like read_mnist(); if it has no labels, zeros."""
     path = Path(data_dir, name)
     with explaining(f"cannot read {path}"):
         table = np.loadtxt(path, np.uint8, delimiter=",", skiprows=1, ndmin=2)
@@ -969,7 +970,7 @@ READERS |= {"synthetic": draw_synthetic_digits, "kaggle": read_kaggle}
 
 
 def mnist_or_synthetic(data_dir: str | Path) -> str:
-    """Return "mnist", or "synthetic" if it is missing. UserError if only a part of it is there."""
+    """Return "mnist" or, if none of its files is there, "synthetic". UserError if they are bad."""
     try:
         read_mnist(data_dir)
         return "mnist"
@@ -987,7 +988,7 @@ def near(mask: Tensor, reach: int = 2) -> Tensor:
 
 
 def split_parts(mask: Tensor) -> Tensor:
-    """Return the connected parts of a mask (H, W): masks (N, H, W), largest first, no specks."""
+    """Return the connected parts of a mask (H, W) as masks (N, H, W): largest first, no specks."""
     numbers = torch.arange(1.0, mask.numel() + 1).view(1, *mask.shape) * mask
     before = torch.zeros_like(numbers)
     while not torch.equal(numbers, before):  # in each part the largest number spreads
@@ -1015,8 +1016,8 @@ def find_ink(colors: Tensor, inside: Tensor) -> Tensor:
         fit = torch.linalg.lstsq(terms[is_paper], colors[:, is_paper].T, driver="gelsd")
         paper = (terms @ fit.solution).permute(2, 0, 1)
     on_paper, on_ink = difference[is_paper], difference[inside & ~is_paper]
-    # Ink differs by 8 levels, and by 8 spreads of the paper or, since soft edges widen spreads, by
-    # 2.3 times the sum of both. Blank pages reach 7 spreads and 2.2 sums.
+    # Ink must differ by 8 levels, and by 8 standard deviations of the paper or, since soft edges
+    # widen these, by 2.3 times those of paper and ink together. Blank pages reach 7 and 2.2.
     spreads = [((x - x.mean()) ** 2).mean().sqrt() for x in (on_paper, on_ink)]
     is_clear = on_ink.mean() - on_paper.mean() > max(8, min(8 * spreads[0], 2.3 * sum(spreads)))
     strength = ((difference - threshold / 2) / (on_ink.mean() - threshold / 2)).clamp(0, 1)
@@ -1032,7 +1033,8 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
     sides = torch.maximum(parts.any(dim=1).sum(dim=1), parts.any(dim=2).sum(dim=1))
     longest = parts[sides.argmax()]
     # If the longest part, with its holes, fills its box, turned or not, and is wider than a 1, look
-    # inside: it is a sheet or a frame. Else parts at the edge go, if another is a quarter as long.
+    # inside: it is a sheet or a frame. Else leave out parts at the edge, if the others are long
+    # enough, or look again without the edge.
     filled = inside
     for side in (0, 1):  # between its first and last pixel, in columns and in rows
         before = longest.cumsum(dim=side) > 0
@@ -1048,7 +1050,7 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
         return ink * parts[~touches].any(dim=0)
     beyond = ~filled if encloses else parts[touches].any(dim=0)
     again = find_digit(colors, inside & ~near(~inside | beyond, 4))
-    # If nothing is there, it is a tightly cut digit or a square 0, a blank sheet or a shadow.
+    # If that finds nothing, it was a tightly cut digit or a square 0, or a blank sheet or a shadow.
     is_sheet = encloses and 2 * longest.sum() > filled.sum()
     drawn = parts.any(dim=0)
     low, high = drawn.nonzero().aminmax(dim=0)
@@ -1146,7 +1148,7 @@ def build_model(recipe: Recipe) -> nn.Module:
 
 
 def read_tensors(path: str | Path) -> dict[str, Any]:
-    """Load onto the CPU what torch.save() wrote; run nothing. Raises UserError, OSError."""
+    """Load onto the CPU what torch.save() wrote; run no code in it. Raises UserError, OSError."""
     with open(path, "rb") as file, suppress(Exception):
         return dict(torch.load(file, map_location="cpu", weights_only=True))
     what = "is damaged, or holds Python objects, which are not run: save a state_dict()"
@@ -1193,7 +1195,7 @@ def load_checkpoint(run: str | Path | None, name: str) -> tuple[Path, dict[str, 
 
 
 def load_trainer(run: str | None, device: str | None) -> tuple[Path, ResNetTrainer]:
-    """Return the path of a run's best.pt, and a trainer with its network and history."""
+    """Return a checkpoint's path (in a folder, best.pt), a trainer with its network and history."""
     path, checkpoint = load_checkpoint(run, "best.pt")
     trainer = ResNetTrainer(build_model(checkpoint["recipe"]), device, checkpoint["recipe"])
     with explaining(f"{path} does not fit {trainer.recipe.model}"):
@@ -1376,7 +1378,7 @@ def parse(command: str, arguments: list[str]) -> argparse.Namespace:
     if command == "train":
         add("--recipe", choices=RECIPES, metavar="NAME", help="settings to begin with: %(choices)s")
         add("--output-dir", metavar="DIR", help="folder of the run (default: a new one in runs/)")
-        add("--resume", nargs="?", const="", metavar="RUN", help="continue it (default: newest)")
+        add("--resume", nargs="?", const="", metavar="RUN", help="run to go on (default: newest)")
     if command == "evaluate":
         add("runs", nargs="*", metavar="RUN", help="folder or checkpoint (default: the newest)")
     if command == "predict":
@@ -1399,7 +1401,7 @@ def keep_freed_memory() -> None:
     with suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give memory back
-        mallopt(-4, 0)  # M_MMAP_MAX: no block comes from the system directly
+        mallopt(-4, 0)  # M_MMAP_MAX: no separate mappings, which go back when freed
 
 
 def main(arguments=()) -> int:
