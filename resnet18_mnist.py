@@ -266,7 +266,7 @@ class Recipe:
     lr_step: int = setting(5, "step: epochs from one step to the next", low=1)
     patience: int = setting(5, "end after so many epochs without any lower validation loss", low=1)
     # Run
-    seed: int = setting(0, "fixes split, first weights, order and augmentation")
+    seed: int = setting(0, "fixes split, order, augmentation and, in a command, the first weights")
     precision: str = setting("auto", "fp32, bf16; auto: bf16 where the hardware computes it fast")
 
     def __post_init__(self):
@@ -698,7 +698,7 @@ class ResNetTrainer:
         if self.best_weights:
             with atomic_write(self.run_dir / "best.pt") as file:
                 torch.save(state, file)
-        for name in ("model", "optimizer", "scheduler"):  # to go on from
+        for name in ("model", "optimizer", "scheduler"):  # the present ones, to go on from
             state[f"last_{name}"] = getattr(self, name).state_dict()
         with atomic_write(self.run_dir / "history.csv") as temp, open(temp, "w", newline="") as out:
             rows = zip(*self.history.values(), strict=True)
@@ -1309,8 +1309,8 @@ def command_predict(args: argparse.Namespace) -> int:
     names = []
     for name in args.images:
         if Path(name).is_dir():  # meaning the images in it
-            files = sorted(Path(name).iterdir())
-            names += [str(f) for f in files if f.suffix.lower() in Image.registered_extensions()]
+            files = sorted(map(str, Path(name).iterdir()))
+            names += filter(datasets.folder.is_image_file, files)
         else:  # a file, or a wildcard that the shell did not expand
             names += sorted(glob.glob(name)) or [name]
     if not names and not args.kaggle:
