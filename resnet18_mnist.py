@@ -57,8 +57,8 @@ from torchvision.transforms.v2 import functional as TF
 # In a plain network, a few layers learn a mapping H(x). In a residual network, they learn only its
 # difference from their input, F(x) = H(x) - x, and x is added back: y = F(x) + x (He 2015a, eq. 1).
 # Where H is nearly the identity, small weights are enough. So more layers do not harm training as
-# they do in plain networks (fig. 1). Layers have torchvision's names and order, so that state dicts
-# are interchangeable.
+# they do in plain networks (fig. 1). Layers have torchvision's names, and state dicts its order, so
+# that these are interchangeable.
 
 
 def conv3x3(inplanes: int, outplanes: int, stride: int = 1) -> nn.Conv2d:
@@ -134,8 +134,8 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """A stem (convolution and pool), four stages of blocks, a global mean, a linear classifier.
 
-    ``layers`` has the number of blocks in each stage. The stem "imagenet" shrinks each side to a
-    quarter, so all after it is cheap; "cifar" keeps all pixels, as for CIFAR-10 (He 2015a, 4.2).
+    ``layers`` counts each stage's blocks, layer1 to layer4. The stem "imagenet" leaves a quarter of
+    each side, so the rest is cheap; "cifar" keeps all pixels, as for CIFAR-10 (He 2015a, 4.2).
     """
 
     def __init__(self, block, layers: list[int], num_classes=10, input_channels=1, stem="imagenet"):
@@ -245,7 +245,7 @@ class Recipe:
     dataset: str = setting("mnist", "data set (without this flag, synthetic if MNIST is missing): ")
     normalize: str = setting("mnist", "data set whose mean and deviation normalize the pixels: ")
     val_size: int = setting(0, "training images held out for validation; 0: a twelfth")
-    select_on: str = setting("val", "val, or test: choose the epoch on the test set (optimistic)")
+    select_on: str = setting("val", "val; test: hold out none, choose the epoch on it (optimistic)")
     limit: int = setting(0, "number of training images; 0: all of them")
     rotate: float = setting(6.0, "augmentation: maximum rotation, in degrees")
     shift: float = setting(0.05, "augmentation: maximum shift, as a fraction of the side")
@@ -260,13 +260,13 @@ class Recipe:
     weight_decay: float = setting(5e-4, "weight decay of all parameters")
     scheduler: str = setting("plateau", "what lowers the learning rate: ")
     lr_factor: float = setting(0.1, "plateau, step: factor that lowers the learning rate")
-    lr_patience: int = setting(2, "plateau: tolerated epochs without a lower validation loss")
+    lr_patience: int = setting(2, "plateau: tolerated epochs without a drop of the validation loss")
     # Late epochs mostly bring tiny gains; these alone should not keep the rate high.
-    lr_threshold: float = setting(0.2, "plateau: smallest relative drop that counts as lower")
+    lr_threshold: float = setting(0.2, "plateau: smallest relative drop that counts as one")
     lr_step: int = setting(5, "step: epochs from one step to the next", low=1)
     patience: int = setting(5, "end after so many epochs without any lower validation loss", low=1)
     # Run
-    seed: int = setting(0, "fixes split, order, augmentation and, in a command, the first weights")
+    seed: int = setting(0, "fixes split, first weights, order and augmentation")
     precision: str = setting("auto", "fp32, bf16; auto: bf16 where the hardware computes it fast")
 
     def __post_init__(self):
@@ -299,7 +299,7 @@ def look_up(table: dict[str, Any], name: str, what: str) -> Any:
 
 # %% 3. Data
 #
-# MNIST takes only 55 MB, so it stays in memory as uint8 tensors, the training images on the device.
+# MNIST takes only 55 MB, so all stays in memory as uint8; train() moves its images to the device.
 # A batch is picked by index, then converted to float, augmented and normalized as a whole.
 
 # Channels, pixels per side, and the stem that "auto" means. gray28 takes a 17th of rgb32's FLOPs.
@@ -340,7 +340,7 @@ def split_by_class(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Te
     """Return shuffled indices (train, validation), split in the same ratio in each class."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     by_class = order[labels[order].argsort(stable=True)]  # shuffled within each class
-    # Places at equal distances in this list have the same share of each class.
+    # Every twelfth place, say, of this list holds a twelfth of each class.
     places = torch.arange(val_size) * len(labels) // max(val_size, 1)
     held_out = torch.isin(order, by_class[places])
     return order[~held_out], order[held_out]
@@ -378,7 +378,7 @@ def say(text: str, end: str = "\n") -> None:
 class TensorLoader:
     """Batches (B, C, S, S) float, with labels (B,), of images (N, 28, 28) uint8 and labels (N,).
 
-    With ``train`` they are shuffled and augmented by torch's global random numbers.
+    With ``train``, they are shuffled and augmented by global random numbers that the trainer seeds.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, recipe: Recipe, train: bool = False):
@@ -495,7 +495,7 @@ def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, group
 # train_one_epoch() and evaluate() are the core. ResNetTrainer repeats them: each epoch's validation
 # loss tells which weights to keep, when plateau lowers the learning rate, and when to stop. After
 # each epoch it saves what it needs to go on. A resumed run ends with the very same weights as one
-# never stopped, on the same CPU, with as many threads and as many processes: one or two.
+# never stopped, on the same CPU, with as many threads and processes (at most two).
 
 
 def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", accumulate=1):
@@ -605,8 +605,8 @@ class ResNetTrainer:
     """Trains and tests a classifier: ``ResNetTrainer(resnet18()).train(data.train, data.val)``.
 
     Here ``data`` is an MNISTDataLoader(). Parameters with requires_grad=False stay as they are.
-    ``device`` None picks the best. The recipe's network and data are not used. Files go to
-    ``run_dir``, if given; of several processes, only the first should have one.
+    ``device`` None picks the best. The recipe's network, data and batch_size are not used. Files go
+    to ``run_dir``, if given; of several processes, only the first should have one.
     """
 
     def __init__(self, model: nn.Module, device=None, recipe: Recipe | None = None, run_dir=None):
@@ -623,7 +623,7 @@ class ResNetTrainer:
 
         Loaders yield (images, labels) and have a length; without a ``val_loader`` the training loss
         decides. ``changes`` override the recipe's settings; num_epochs and learning_rate stand for
-        epochs and lr. ``resume`` is the content of last.pt, whose optimizer and scheduler go on.
+        epochs and lr. ``resume`` is last.pt's content: "model" the best weights, "last_…" go on.
         The history has lists with a value per epoch: see ``row`` in _run_epoch(). Raises UserError.
         """
         names = {"num_epochs": "epochs", "learning_rate": "lr"}
@@ -673,7 +673,7 @@ class ResNetTrainer:
             train = train_one_epoch(
                 model, loader, self.optimizer, self.scheduler, self.precision, recipe.accumulate
             )
-            # On all images in each process; DDP gives all the first one's batch-norm statistics.
+            # All processes validate on all images, and by DDP with the same batch-norm statistics.
             val = train if val_loader is None else evaluate(model, val_loader, self.precision)
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(val["loss"])
@@ -1378,7 +1378,7 @@ def parse(command: str, arguments: list[str]) -> argparse.Namespace:
     if command == "train":
         add("--recipe", choices=RECIPES, metavar="NAME", help="settings to begin with: %(choices)s")
         add("--output-dir", metavar="DIR", help="folder of the run (default: a new one in runs/)")
-        add("--resume", nargs="?", const="", metavar="RUN", help="run to go on (default: newest)")
+        add("--resume", nargs="?", const="", metavar="RUN", help="continue a run (default: newest)")
     if command == "evaluate":
         add("runs", nargs="*", metavar="RUN", help="folder or checkpoint (default: the newest)")
     if command == "predict":
