@@ -756,7 +756,7 @@ def classification_report(results: dict) -> str:
 
 
 def new_figure(rows: int, columns: int, width: float, height: float, title: str = "", **look):
-    """Return a figure of width × height inches, and its axes (rows, columns), which look alike."""
+    """Return a figure of width × height inches, and its axes (rows, columns), all with one look."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, parse_math=False)
     return figure, figure.subplots(rows, columns, squeeze=False, subplot_kw=look)
@@ -1349,7 +1349,6 @@ def command_describe(args: argparse.Namespace) -> None:
 
 COMMANDS = {"train": command_train, "evaluate": command_evaluate}
 COMMANDS |= {"predict": command_predict, "describe": command_describe}
-USAGE = [f"resnet18_mnist.py {name:10}{run.__doc__}" for name, run in COMMANDS.items()]
 
 # The first setting of each group of flags, and the settings whose values are a table's keys.
 GROUPS = {"model": "network", "dataset": "data", "epochs": "training", "seed": "run"}
@@ -1359,7 +1358,8 @@ TABLES |= {"model": NETWORKS, "optimizer": OPTIMIZERS, "scheduler": SCHEDULERS}
 
 def parse(command: str, arguments: list[str]) -> argparse.Namespace:
     """Return a command's flags by their names. Each setting of a recipe is a flag of train."""
-    usage = "\n       ".join(USAGE)
+    lines = [f"resnet18_mnist.py {name:10}{run.__doc__}" for name, run in COMMANDS.items()]
+    usage = "\n       ".join(lines)
     parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False, exit_on_error=False)
     add = parser.add_argument
     settings = {"train": fields(Recipe), "describe": fields(Recipe)[:4]}  # the network's
