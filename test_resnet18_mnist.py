@@ -653,6 +653,7 @@ def test_kaggle_from_train_csv_to_solution_csv(tmp_path, capsys, monkeypatch, no
     flags = "--recipe kaggle --limit 0 --batch-size 32 --lr 0.003 --lr-step 8 --dataset mine"
     assert run(tmp_path / "run", *flags.split(), "--data-dir", tmp_path, epochs=8) == 0
     printed = capsys.readouterr().out
+    assert "100 to select, 0 to test" in printed
     assert "validation accuracy" in printed
     assert "test accuracy" not in printed
     flags = ["--kaggle", str(tmp_path / "test.csv"), "--checkpoint", str(tmp_path / "run")]
