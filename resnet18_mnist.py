@@ -9,7 +9,7 @@
     python resnet18_mnist.py predict digit.png  read a digit from a photo or a drawing
     python resnet18_mnist.py describe           each layer's shape, parameters and FLOPs
 
-Sections 1 to 5, which end at line 721, show how a ResNet is built and trained. Each section is a
+Sections 1 to 5, which end at line 722, show how a ResNet is built and trained. Each section is a
 notebook cell that needs only the ones above it:
 
     1  Network       the residual block, and five depths built from it
@@ -274,7 +274,8 @@ class Recipe:
             value = getattr(self, entry.name)
             low = entry.metadata["low"]
             kind = type(entry.default)
-            if type(value) is not kind and not (kind is float and type(value) is int):
+            allowed = (int, float) if kind is float else (kind,)
+            if type(value) not in allowed:
                 raise UserError(f"{entry.name} must be {kind.__name__}, not {value!r}")
             if kind in (int, float) and not low <= value <= 2**32:
                 raise UserError(f"{entry.name} is {value}, not from {low} to {2**32}")
