@@ -624,7 +624,7 @@ class ResNetTrainer:
 
         Loaders yield (images, labels) and have a length; without a ``val_loader`` the training loss
         decides. ``changes`` override the recipe's settings; num_epochs and learning_rate stand for
-        epochs and lr. ``resume`` is last.pt's content: "model" the best weights, "last_…" go on.
+        epochs and lr. ``resume`` is last.pt's content (model: best weights, last_model: present).
         The history has lists with a value per epoch: see ``row`` in _run_epoch(). Raises UserError.
         """
         names = {"num_epochs": "epochs", "learning_rate": "lr"}
