@@ -1033,9 +1033,8 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
     parts = split_parts(ink > 0)
     sides = torch.maximum(parts.any(dim=1).sum(dim=1), parts.any(dim=2).sum(dim=1))
     longest = parts[sides.argmax()]
-    # If the longest part, with its holes, fills its box, turned or not, and is wider than a 1, look
-    # inside: it is a sheet or a frame. Else leave out parts at the edge, if the others are long
-    # enough, or look again without the edge.
+    # If the longest part, with its holes, fills its box, turned or not, and is wider than a 1, it
+    # is a sheet or a frame: look inside. Else parts at the edge go; if little is left, look again.
     filled = inside
     for side in (0, 1):  # between its first and last pixel, in columns and in rows
         before = longest.cumsum(dim=side) > 0
