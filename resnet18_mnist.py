@@ -9,7 +9,7 @@
     python resnet18_mnist.py predict digit.png  read a digit from a photo or a drawing
     python resnet18_mnist.py describe           each layer's shape, parameters and FLOPs
 
-Sections 1 to 5, which end at line 722, show how a ResNet is built and trained. Each section is a
+Sections 1 to 5, which end at line 725, show how a ResNet is built and trained. Each section is a
 notebook cell that needs only the ones above it:
 
     1  Network       the residual block, and five depths built from it
@@ -592,8 +592,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     with explaining(f"cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def best_epoch(history: dict[str, list]) -> int:
