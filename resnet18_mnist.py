@@ -9,7 +9,7 @@
     python resnet18_mnist.py predict digit.png  read a digit from a photo or a drawing
     python resnet18_mnist.py describe           each layer's shape, parameters and FLOPs
 
-Sections 1 to 5, which end at line 725, show how a ResNet is built and trained. Each section is a
+Sections 1 to 5, which end at line 699, show how a ResNet is built and trained. Each section is a
 notebook cell that needs only the ones above it:
 
     1  Network       the residual block, and five depths built from it
@@ -28,8 +28,6 @@ Deep into Rectifiers, arXiv:1502.01852. Ioffe 2015, Batch Normalization, arXiv:1
 Gray-Level Histograms. LeCun 1998, Gradient-Based Learning Applied to Document Recognition.
 """
 
-from __future__ import annotations
-
 import csv
 import math
 import os
@@ -44,9 +42,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 from torch.optim.lr_scheduler import ConstantLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torchvision import datasets
@@ -57,8 +54,8 @@ from torchvision.transforms.v2 import functional as TF
 # In a plain network, a few layers learn a mapping H(x). In a residual network, they learn only its
 # difference from their input, F(x) = H(x) - x, and x is added back: y = F(x) + x (He 2015a, eq. 1).
 # Where H is nearly the identity, small weights are enough. So more layers do not harm training as
-# they do in plain networks (fig. 1). Layers have torchvision's names, and state dicts its order, so
-# that these are interchangeable.
+# they do in plain networks (fig. 1). State dicts have the names and the order of torchvision's, so
+# that weights are interchangeable.
 
 
 def conv3x3(inplanes: int, outplanes: int, stride: int = 1) -> nn.Conv2d:
@@ -94,7 +91,7 @@ class BasicBlock(nn.Module):
         self.downsample = make_shortcut(inplanes, planes, stride)  # torchvision's name for it
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return relu(F(x) + shortcut(x)); an identity shortcut passes gradients on unchanged."""
+        """Return relu(F(x) + shortcut(x)); along the shortcut, gradients skip the convolutions."""
         residual = self.relu(self.bn1(self.conv1(x)))
         residual = self.bn2(self.conv2(residual))
         # The last ReLU comes after the sum: if it came before, the residual could only add.
@@ -245,7 +242,7 @@ class Recipe:
     dataset: str = setting("mnist", "data set (without this flag, synthetic if MNIST is missing): ")
     normalize: str = setting("mnist", "data set whose mean and deviation normalize the pixels: ")
     val_size: int = setting(0, "training images held out for validation; 0: a twelfth")
-    select_on: str = setting("val", "val; test: hold out none, choose the epoch on it (optimistic)")
+    select_on: str = setting("val", "val; test: hold out none, choose on test images (optimistic)")
     limit: int = setting(0, "number of training images; 0: all of them")
     rotate: float = setting(6.0, "augmentation: maximum rotation, in degrees")
     shift: float = setting(0.05, "augmentation: maximum shift, as a fraction of the side")
@@ -300,7 +297,7 @@ def look_up(table: dict[str, Any], name: str, what: str) -> Any:
 
 # %% 3. Data
 #
-# MNIST takes only 55 MB, so all stays in memory as uint8; train() moves its images to the device.
+# MNIST takes only 55 MB, so all stays in memory as uint8; what is trained on moves to the device.
 # A batch is picked by index, then converted to float, augmented and normalized as a whole.
 
 # Channels, pixels per side, and the stem that "auto" means. gray28 takes a 17th of rgb32's FLOPs.
@@ -313,8 +310,7 @@ STATISTICS = {"mnist": (0.1307, 0.3081), "kaggle": (0.1310, 0.3085), "none": (0.
 def read_mnist(data_dir: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Read MNIST from ``data_dir``/MNIST/raw, after downloading what is missing. Raises UserError.
 
-    Returns training images (60000, 28, 28) uint8, light ink on dark ground, labels (60000,) int64,
-    and the same of the 10,000 test images.
+    Returns images (60000, 28, 28) uint8, light on dark; labels (60000,); 10,000 of each to test.
     """
     folder = Path(data_dir, "MNIST")
     with explaining(f"cannot read MNIST's four files in {folder / 'raw'}"):
@@ -333,15 +329,14 @@ def read_mnist(data_dir: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return train.data, train.targets, test.data, test.targets
 
 
-# A reader takes the folder of the data and returns four tensors; section 7 adds more readers.
-READERS: dict[str, Callable] = {"mnist": read_mnist}
+READERS: dict[str, Callable] = {"mnist": read_mnist}  # section 7 adds more, of the same signature
 
 
 def split_by_class(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return shuffled indices (train, validation), split in the same ratio in each class."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    by_class = order[labels[order].argsort(stable=True)]  # shuffled within each class
-    # Every twelfth place, say, of this list holds a twelfth of each class.
+    by_class = order[labels[order].argsort(stable=True)]  # each class is shuffled
+    # Evenly spaced places in this list take the same share of each class.
     places = torch.arange(val_size) * len(labels) // max(val_size, 1)
     held_out = torch.isin(order, by_class[places])
     return order[~held_out], order[held_out]
@@ -352,10 +347,10 @@ def distort(images: Tensor, draws: Tensor, recipe: Recipe) -> Tensor:
     # torchvision's transforms would give one draw to the whole batch.
     angle = math.radians(recipe.rotate) * draws[0, :, 0]
     dx, dy = 2 * recipe.shift * draws[0, :, 1:].T  # affine_grid()'s sides go from -1 to 1
-    wide, shear, high = recipe.stretch * draws[1].T
+    sx, shear, sy = recipe.stretch * draws[1].T
     # theta maps each output position to the input position (x, y) that it reads.
-    x_row = torch.stack([angle.cos() + wide, shear - angle.sin(), dx], dim=1)
-    y_row = torch.stack([angle.sin(), angle.cos() + high, dy], dim=1)
+    x_row = torch.stack([angle.cos() + sx, shear - angle.sin(), dx], dim=1)
+    y_row = torch.stack([angle.sin(), angle.cos() + sy, dy], dim=1)
     theta = torch.stack([x_row, y_row], dim=1)  # (N, 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
@@ -377,21 +372,16 @@ def say(text: str, end: str = "\n") -> None:
 
 
 class TensorLoader:
-    """Batches (B, C, S, S) float, with labels (B,), of images (N, 28, 28) uint8 and labels (N,).
-
-    With ``train``, they are shuffled and augmented by global random numbers that the trainer seeds.
-    """
+    """Batches (B, C, S, S) of images (N, 28, 28) uint8; in training, shuffled and augmented."""
 
     def __init__(self, images: Tensor, labels: Tensor, recipe: Recipe, train: bool = False):
         self.images, self.labels = images[:, None], labels
         self.recipe, self.train = recipe, train
-        share = max(2, recipe.batch_size // WORLD_SIZE)  # per process; batch norm needs two images
-        self.batch_size = share if train else 250  # in evaluation it affects only the speed
+        self.batch_size = max(2, recipe.batch_size // WORLD_SIZE)  # per process; batch norm needs 2
 
     def __len__(self) -> int:
-        n = len(self.labels)
-        if self.train:  # the - 1 drops a last batch of one, too few for batch norm
-            n = n // WORLD_SIZE - 1
+        # In training, the - 1 drops a last batch of one image, too few for batch norm.
+        n = len(self.labels) // WORLD_SIZE - 1 if self.train else len(self.labels)
         return math.ceil(n / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -399,8 +389,8 @@ class TensorLoader:
         channels, size, _ = look_up(INPUTS, self.recipe.input, "input")
         mean, std = look_up(STATISTICS, self.recipe.normalize, "normalize")
         order = torch.arange(n)
-        if self.train:  # drawn on the CPU, so that the numbers do not depend on the device
-            # All processes draw the same order; each takes a different part of the same size.
+        if self.train:  # drawn on the CPU, whatever the device; the trainer seeds its generator
+            # All processes draw the same order. Each takes every WORLD_SIZEth index, equally many.
             order = torch.randperm(n)[RANK::WORLD_SIZE][: n // WORLD_SIZE]
             draws = 2 * torch.rand(2, n, 3).to(self.images.device) - 1
         batches = order.to(self.images.device).split(self.batch_size)
@@ -418,8 +408,7 @@ class MNISTDataLoader:
 
     def __init__(self, data_dir: str | Path = "data", recipe: Recipe | None = None, **changes: Any):
         recipe = replace(recipe or Recipe(), **changes)
-        read = look_up(READERS, recipe.dataset, "dataset")
-        images, labels, *test = read(data_dir)
+        images, labels, *test = look_up(READERS, recipe.dataset, "dataset")(data_dir)
         val_size = 0 if recipe.select_on == "test" else (recipe.val_size or len(labels) // 12)
         train, val = split_by_class(labels, val_size, recipe.seed)
         train = train[: recipe.limit or None]
@@ -465,11 +454,10 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
 
 def pick_precision(name: str, device: torch.device) -> str:
     """Turn "auto" into "bf16" where the hardware is known to compute it fast, else into "fp32"."""
-    # PyTorch 2.11 and newer know what a CPU can do.
-    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    fast = device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16"))
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere, 2020, or newer
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # PyTorch 2.11 or newer
+        able = torch.cpu.get_capabilities()
+        fast = able.get("avx512_bf16") or able.get("amx_bf16")
     choices = {"auto": "bf16" if fast else "fp32", "fp32": "fp32", "bf16": "bf16"}
     return look_up(choices, name, "precision")
 
@@ -477,9 +465,9 @@ def pick_precision(name: str, device: torch.device) -> str:
 def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
     """Do what F.conv2d() does, faster for a 3×3 convolution whose output is a single position.
 
-    Only speed and rounding change, so skip this at a first reading. On a 1×1 map, or with stride 2
-    on 2×2, most of a kernel's nine weights meet padding only. The sum over the others is a matrix
-    product, which halves the time of training (gray28, ResNet-18, CPU, float32).
+    In training it takes the place of F.conv2d(). Only speed and rounding change, so skip it at a
+    first reading. On a 1×1 map, or a 2×2 map with stride 2, most of the nine weights meet padding
+    only. The others make a matrix product, which halves the time (gray28, ResNet-18, CPU, float32).
     """
     is_conv3x3 = weight.shape[2:] == (3, 3) and padding == dilation == (1, 1) and groups == 1
     height, width = input.shape[-2:]
@@ -493,35 +481,33 @@ def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, group
 
 # %% 5. Training
 #
-# train_one_epoch() and evaluate() are the core. ResNetTrainer repeats them: each epoch's validation
-# loss tells which weights to keep, when plateau lowers the learning rate, and when to stop. After
-# each epoch it saves what it needs to go on. A resumed run ends with the very same weights as one
-# never stopped, on the same CPU, with as many threads and processes (at most two).
+# ResNetTrainer repeats train_one_epoch() and evaluate(). The validation loss tells which weights to
+# keep, when plateau lowers the learning rate, and when to stop. A resumed run ends with the weights
+# of one never stopped, to the last bit (same CPU, as many threads and processes, at most two).
 
 
 def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", accumulate=1):
     """Go through the loader once; return a dict with loss (mean, nats) and accuracy (%).
 
     Both are measured while the model learns, before each update. ``scheduler`` steps after every
-    update; plateau's steps in the caller, after validation. UserError if the loss is not finite.
+    update; plateau's in the caller, by the validation loss. UserError if the loss is not finite.
     """
     model.train()
     for layer in model.modules():  # a frozen batch norm keeps its statistics as well
         if isinstance(layer, nn.BatchNorm2d) and layer.affine and not layer.weight.requires_grad:
             layer.eval()
     device = next(model.parameters()).device
-    # Under autocast convolutions compute in bfloat16, while weights stay float32.
+    # Under autocast, layers compute in bfloat16, while weights stay float32.
     context = nullcontext() if precision == "fp32" else torch.autocast(device.type, torch.bfloat16)
     totals = torch.zeros(2, device=device)  # of loss and correct answers
     seen = 0
-    last_look = time.perf_counter()
     optimizer.zero_grad()  # the caller may have left gradients
     for step, (images, labels) in enumerate(loader, start=1):
         images, labels = images.to(device), labels.to(device)  # (N, C, H, W), (N,)
         with context:
             logits = model(images)  # (N, 10)
             loss = F.cross_entropy(logits, labels)
-        # Gradients of ``accumulate`` batches add up to their mean; of a short last group, to less.
+        # The gradients of ``accumulate`` batches add up to their mean, those of a last few to less.
         (loss / accumulate).backward()
         if step % accumulate == 0 or step == len(loader):
             optimizer.step()
@@ -532,16 +518,15 @@ def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", 
         correct = (logits.argmax(dim=1) == labels).sum()
         totals += torch.stack([loss.detach() * len(labels), correct])
         seen += len(labels)
-        # item() waits for the device, so the loop calls it only every half second.
-        if time.perf_counter() - last_look > 0.5 or step == len(loader):
-            last_look = time.perf_counter()
+        # item() waits for the device, so the loop calls it only every tenth batch.
+        if step % 10 == 0 or step == len(loader):
             mean_loss = totals[0].item() / seen
             if not math.isfinite(mean_loss):
                 raise UserError(f"the loss became {mean_loss} by batch {step}: try a lower --lr")
             if sys.stdout and sys.stdout.isatty():  # a live line, which the next one overwrites
                 say(f"batch {step}/{len(loader)}  loss {mean_loss:.4f}\033[K", end="\r")
     if WORLD_SIZE > 1:
-        dist.all_reduce(totals)  # the sum over all processes, which see equally many images
+        distributed.all_reduce(totals)  # the sum over all processes, which see equally many images
     mean_loss, share = (totals / (seen * WORLD_SIZE)).tolist()
     return {"loss": mean_loss, "accuracy": 100 * share}
 
@@ -574,8 +559,7 @@ OPTIMIZERS: dict[str, Callable] = {
     "rmsprop": lambda p, r: RMSprop(p, r.lr, weight_decay=r.weight_decay),
 }
 
-# How to make a scheduler from an optimizer o, n updates per epoch, and a recipe r. "plateau" steps
-# after each epoch, by its validation loss; all others step at every update.
+# How to make a scheduler from an optimizer o, n updates per epoch, and a recipe r.
 SCHEDULERS: dict[str, Callable] = {
     "plateau": lambda o, n, r: ReduceLROnPlateau(
         o, factor=r.lr_factor, patience=r.lr_patience, threshold=r.lr_threshold
@@ -588,7 +572,7 @@ SCHEDULERS: dict[str, Callable] = {
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary file, which becomes ``path``; a kill leaves the old file or the new."""
+    """Yield a temporary file, which then replaces ``path``, so that no kill leaves half a file."""
     temporary = path.with_name(f".{path.name}.tmp")
     with explaining(f"cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -608,17 +592,16 @@ def best_epoch(history: dict[str, list]) -> int:
 class ResNetTrainer:
     """Trains and tests a classifier: ``ResNetTrainer(resnet18()).train(data.train, data.val)``.
 
-    Here ``data`` is an MNISTDataLoader(). Parameters with requires_grad=False stay as they are.
-    ``device`` None picks the best. The recipe's network, data and batch_size are not used. Files go
-    to ``run_dir``, if given; of several processes, only the first should have one.
+    ``device`` None picks the best. The recipe's network, data and batch_size are not used. The
+    first process writes files to ``run_dir``, if given.
     """
 
     def __init__(self, model: nn.Module, device=None, recipe: Recipe | None = None, run_dir=None):
         self.recipe = recipe or Recipe()
-        self.run_dir = Path(run_dir) if run_dir else None
+        self.run_dir = Path(run_dir) if run_dir and RANK == 0 else None
         self.device = pick_device(device)
         self.precision = pick_precision(self.recipe.precision, self.device)
-        # A memory order that is faster; on mps it gave wrong gradients (PyTorch issue 175189).
+        # channels_last is faster; on mps it gave wrong gradients (PyTorch issue 175189).
         layout = torch.preserve_format if self.device.type == "mps" else torch.channels_last
         self.model = model.to(self.device, memory_format=layout)
 
@@ -626,11 +609,10 @@ class ResNetTrainer:
         """Train; end with the weights of the best epoch, in eval mode; return the history.
 
         Loaders yield (images, labels) and have a length; without a ``val_loader`` the training loss
-        decides. ``changes`` override the recipe's settings; num_epochs and learning_rate stand for
-        epochs and lr. ``resume`` is last.pt's content (model: best weights, last_model: present).
-        The history has lists with a value per epoch: see ``row`` in _run_epoch(). Raises UserError.
+        decides. ``changes`` override the recipe's settings. ``resume`` is last.pt's content. The
+        history has lists with a value per epoch: see ``row`` in _run_epoch(). Raises UserError.
         """
-        names = {"num_epochs": "epochs", "learning_rate": "lr"}
+        names = {"num_epochs": "epochs", "learning_rate": "lr"}  # other names that are allowed
         changes = {names.get(name, name): value for name, value in changes.items()}
         recipe = self.recipe = replace(self.recipe, **changes)
         self.precision = pick_precision(recipe.precision, self.device)
@@ -639,7 +621,7 @@ class ResNetTrainer:
             train_loader.labels = train_loader.labels.to(self.device)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         updates = math.ceil(len(train_loader) / recipe.accumulate)
-        with explaining("this recipe cannot be followed"):
+        with explaining("cannot make the optimizer or the scheduler"):
             self.optimizer = look_up(OPTIMIZERS, recipe.optimizer, "optimizer")(trainable, recipe)
             make_scheduler = look_up(SCHEDULERS, recipe.scheduler, "scheduler")
             self.scheduler = make_scheduler(self.optimizer, updates, recipe)
@@ -649,18 +631,16 @@ class ResNetTrainer:
             with explaining("this cannot be resumed: it is not the last.pt of such a run"):
                 for name in ("model", "optimizer", "scheduler"):
                     getattr(self, name).load_state_dict(resume[f"last_{name}"])
-        ddp_model = self.model
-        if WORLD_SIZE > 1:
-            # Each process trains on a share of every batch; its batch norms see only that share.
-            # DDP copies the first one's weights and averages all gradients, so all stay in step.
-            ddp_model = nn.parallel.DistributedDataParallel(self.model)
+        # Each process trains on a share of every batch; its batch norms see only that share. DDP
+        # copies the first one's weights and averages all gradients, so that all stay in step.
+        model = nn.parallel.DistributedDataParallel(self.model) if WORLD_SIZE > 1 else self.model
         self._save()  # a run killed in epoch 1 can be resumed, too
         say("epoch  train loss       %   val loss       %        lr       s")
         for epoch in range(len(self.history["epoch"]) + 1, recipe.epochs + 1):
             if epoch > best_epoch(self.history) + recipe.patience:
                 say(f"stopped early: no lower loss for {recipe.patience} epochs")
                 break
-            self._run_epoch(epoch, ddp_model, train_loader, val_loader)
+            self._run_epoch(epoch, model, train_loader, val_loader)
         self.model.eval().load_state_dict(self.best_weights)
         return self.history
 
@@ -671,13 +651,12 @@ class ResNetTrainer:
         learning_rate = self.optimizer.param_groups[0]["lr"]
         # nn.Conv2d calls F.conv2d(); during this epoch, fast_conv2d() takes its place.
         with torch.random.fork_rng(devices=[]), mock.patch.object(F, "conv2d", fast_conv2d):
-            # Order and augmentation are drawn on the CPU, from a number that differs for each seed
-            # and epoch, so a resumed run need not know what was drawn before.
+            # Every epoch has another seed, so a resumed run need not know what was drawn before.
             torch.default_generator.manual_seed(recipe.seed * 1_000_003 + epoch)
             train = train_one_epoch(
                 model, loader, self.optimizer, self.scheduler, self.precision, recipe.accumulate
             )
-            # All processes validate on all images, and by DDP with the same batch-norm statistics.
+            # Every process validates on all images; DDP copies the first one's running means.
             val = train if val_loader is None else evaluate(model, val_loader, self.precision)
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(val["loss"])
@@ -702,7 +681,7 @@ class ResNetTrainer:
         if self.best_weights:
             with atomic_write(self.run_dir / "best.pt") as file:
                 torch.save(state, file)
-        for name in ("model", "optimizer", "scheduler"):  # the present ones, to go on from
+        for name in ("model", "optimizer", "scheduler"):  # the present ones, for last.pt only
             state[f"last_{name}"] = getattr(self, name).state_dict()
         with atomic_write(self.run_dir / "history.csv") as temp, open(temp, "w", newline="") as out:
             rows = zip(*self.history.values(), strict=True)
@@ -720,11 +699,6 @@ def train_model(model: nn.Module, train_loader, val_loader=None, device=None, **
     return ResNetTrainer(model, device).train(train_loader, val_loader, **options)
 
 
-def compute_accuracy(model: nn.Module, loader, device=None) -> float:
-    """Return the accuracy in %, in float32, on ``device``, by default where the model is."""
-    return evaluate(model.to(device), loader)["accuracy"]
-
-
 # %% 6. Report and pictures
 #
 # Each plot_…() function returns a matplotlib figure; after %matplotlib inline, a notebook shows it.
@@ -733,6 +707,11 @@ from matplotlib.figure import Figure
 
 BLUE, VERMILION = "#0072B2", "#D55E00"  # which color-blind eyes can tell apart (Okabe and Ito)
 BARE = {"xticks": [], "yticks": [], "frame_on": False}  # the look of axes that show an image
+
+
+def compute_accuracy(model: nn.Module, loader, device=None) -> float:
+    """Return the accuracy in %, in float32, on ``device``, by default where the model is."""
+    return evaluate(model.to(device), loader)["accuracy"]
 
 
 def confusion_matrix(results: dict) -> Tensor:
@@ -1282,7 +1261,7 @@ def command_train(args: argparse.Namespace) -> None:
     say(f"run     {run_dir}\n")
     try:
         if WORLD_SIZE > 1:
-            dist.init_process_group("nccl" if trainer.device.type == "cuda" else "gloo")
+            distributed.init_process_group("nccl" if trainer.device.type == "cuda" else "gloo")
         trainer.train(data.train, data.val, resume=checkpoint)
         report_run(trainer, data)
     except KeyboardInterrupt:
@@ -1295,7 +1274,7 @@ def command_train(args: argparse.Namespace) -> None:
             shutil.rmtree(run_dir)  # no epoch was finished: the same command may start again
         raise
     if WORLD_SIZE > 1:
-        dist.destroy_process_group()
+        distributed.destroy_process_group()
 
 
 def command_evaluate(args: argparse.Namespace) -> None:

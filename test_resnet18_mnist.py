@@ -1077,7 +1077,7 @@ def execute(source: str, name: str, monkeypatch) -> dict:
 
 def test_each_section_needs_only_those_above(monkeypatch):
     uses = [
-        lambda names: names["annotations"],
+        lambda names: names["torch"],
         lambda names: names["resnet18"]()(torch.zeros(2, 1, 28, 28)),
         lambda names: names["Recipe"](batch_size=64),
         lambda names: next(iter(names["TensorLoader"](*FEW[:2], names["Recipe"](), train=True))),
