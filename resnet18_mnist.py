@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 from torch.optim.lr_scheduler import ConstantLR, OneCycleLR, ReduceLROnPlateau, StepLR
-from torchvision import datasets
+from torchvision import datasets, models
 from torchvision.transforms.v2 import functional as TF
 
 # %% 1. Network
@@ -215,7 +215,7 @@ def resnet152(**options: Any) -> ResNet:
 # %% 2. Recipe
 #
 # The settings of a run, each with a help text. Each is also a flag: ``lr_factor`` is --lr-factor.
-# Where a help text ends in a colon, the command line adds the choices.
+# argparse, the parser of flags, fills in the %(choices)s.
 
 
 class UserError(Exception):
@@ -232,15 +232,15 @@ class Recipe:
     """All settings of a run. Raises UserError for a value of the wrong type or out of range."""
 
     # Network
-    model: str = setting("resnet18", "network: ")
-    input: str = setting("gray28", "channels, and pixels per side: ")
+    model: str = setting("resnet18", "network: %(choices)s")
+    input: str = setting("gray28", "channels, and pixels per side: %(choices)s")
     stem: str = setting("auto", "imagenet (7x7, pool), cifar (3x3); auto: what suits the input")
     plain: bool = setting(False, "the same layers without shortcuts, to see what these do")
     weights: str = setting("", "weights to start from: imagenet, or a file")
     freeze: str = setting("", "parts that keep their weights, as in conv1,bn1,layer1")
     # Data
-    dataset: str = setting("mnist", "data set (without this flag, synthetic if MNIST is missing): ")
-    normalize: str = setting("mnist", "data set whose mean and deviation normalize the pixels: ")
+    dataset: str = setting("mnist", "data set (synthetic if MNIST is missing): %(choices)s")
+    normalize: str = setting("mnist", "normalize pixels by the mean and deviation of: %(choices)s")
     val_size: int = setting(0, "training images held out for validation; 0: a twelfth")
     select_on: str = setting("val", "val; test: hold out none, choose on test images (optimistic)")
     limit: int = setting(0, "number of training images; 0: all of them")
@@ -251,11 +251,11 @@ class Recipe:
     epochs: int = setting(10, "maximum number of passes over the training images", low=1)
     batch_size: int = setting(128, "images per batch, over all processes", low=2)
     accumulate: int = setting(1, "batches whose gradients make one update", low=1)
-    optimizer: str = setting("sgd", "what turns gradients into updates: ")
+    optimizer: str = setting("sgd", "what turns gradients into updates: %(choices)s")
     lr: float = setting(0.05, "learning rate; for onecycle, the highest one")
     momentum: float = setting(0.9, "momentum of sgd and nesterov")
     weight_decay: float = setting(5e-4, "weight decay of all parameters")
-    scheduler: str = setting("plateau", "what lowers the learning rate: ")
+    scheduler: str = setting("plateau", "what lowers the learning rate: %(choices)s")
     lr_factor: float = setting(0.1, "plateau, step: factor that lowers the learning rate")
     lr_patience: int = setting(2, "plateau: tolerated epochs without a drop of the validation loss")
     # Late epochs mostly bring tiny gains; these alone should not keep the rate high.
@@ -730,11 +730,9 @@ def classification_report(results: dict) -> str:
     scores = 100 * hits[:, None] / counts.clamp(min=1)  # (digits, 3)
     line = "{:<9}{:10.2f}{:10.2f}{:10.2f}{:10,}"
     lines = ["digit     precision    recall        F1    images"]
-    for digit, row in enumerate(scores):
-        lines.append(line.format(digit, *row, images[digit]))
+    lines += [line.format(digit, *row, images[digit]) for digit, row in enumerate(scores)]
     lines.append(line.format("macro", *scores.mean(dim=0), images.sum()))
-    shares = images / images.sum()
-    lines.append(line.format("weighted", *(shares @ scores), images.sum()))
+    lines.append(line.format("weighted", *((images / images.sum()) @ scores), images.sum()))
     return "\n".join(lines)
 
 
@@ -754,12 +752,11 @@ def save_figure(figure: Figure, folder: str | Path, name: str) -> None:
 def plot_curves(history: dict[str, list], title: str = "") -> Figure:
     """Plot loss and accuracy per epoch, with the best epoch and each drop of the learning rate."""
     epochs = history["epoch"]
-    rates = history["learning_rate"]
+    rates = history["learning_rate"]  # epochs count from 1, so rates[epoch] is the next one's
     best = best_epoch(history)
-    # Epochs count from 1, so rates[epoch] is the next epoch's.
     drops = [epoch for epoch in epochs[:-1] if rates[epoch] < rates[epoch - 1]]
-    if max(rates) > rates[0] or len(drops) > len(rates) / 2:
-        drops = []  # a rate that changes all the time, as onecycle's
+    if max(rates) > rates[0]:
+        drops = []  # onecycle changes the rate all the time
     figure, axes = new_figure(1, 2, 11, 4.2, title)
     units = {"loss": "nats per image", "accuracy": "%"}
     for axis, (name, unit) in zip(axes[0], units.items(), strict=True):
@@ -806,7 +803,6 @@ def plot_digits(images: Tensor, results: dict, chosen: Sequence, title: str = ""
     return figure
 
 
-@torch.no_grad()
 def plot_feature_maps(model: ResNet, image: Tensor, title: str = "") -> Figure:
     """Draw an image (1, C, S, S) and the first channels of each part's output."""
     image = image.to(next(model.parameters()).device)
@@ -814,10 +810,9 @@ def plot_feature_maps(model: ResNet, image: Tensor, title: str = "") -> Figure:
     del maps["pooled"]  # a vector
     figure, axes = new_figure(len(maps), 10, 10, 1.25 * len(maps), title, **BARE)
     for row, (name, features) in zip(axes, maps.items(), strict=True):
-        channels = features[0].float().cpu().numpy()
+        channels = features[0].detach().float().cpu().numpy()
         colors = "gray" if name == "input" else "viridis"
-        for axis, channel in zip(row, channels, strict=False):
-            # One scale per row, so that its channels can be compared.
+        for axis, channel in zip(row, channels, strict=False):  # all on one scale, to compare
             axis.imshow(channel, cmap=colors, vmin=channels.min(), vmax=channels.max())
         row[0].set_title(f"{name}  {'×'.join(map(str, channels.shape))}", fontsize=9, loc="left")
     return figure
@@ -827,33 +822,31 @@ def visualize_results(model, loader, results: dict, history: dict, run_dir, titl
     """Save a run's pictures; ``results`` are evaluate()'s of this loader."""
     images = torch.cat([images for images, _ in loader]).cpu()
     surest = results["probabilities"].amax(dim=1).argsort(descending=True).tolist()
-    wrong = [n for n in surest if results["labels"][n] != results["predictions"][n]]
+    mistakes = [n for n in surest if results["labels"][n] != results["predictions"][n]]
+    of_all = f"{title}\n{results['accuracy']:.2f} % of {len(images):,} images right"
     first = f"{title}\nthe first images"
-    right = f"{title}\n{results['accuracy']:.2f} % of {len(images):,} images right"
-    mistakes = f"{title}\nthe most confident of {len(wrong)} mistakes"
+    worst = f"{title}\nthe most confident of {len(mistakes)} mistakes"
     save_figure(plot_curves(history, title), run_dir, "curves.png")
-    save_figure(plot_confusion_matrix(results, right), run_dir, "confusion_matrix.png")
+    save_figure(plot_confusion_matrix(results, of_all), run_dir, "confusion_matrix.png")
     save_figure(plot_digits(images, results, range(len(images)), first), run_dir, "predictions.png")
-    save_figure(plot_digits(images, results, wrong, mistakes), run_dir, "mistakes.png")
+    save_figure(plot_digits(images, results, mistakes, worst), run_dir, "mistakes.png")
     if hasattr(model, "get_feature_maps"):
         save_figure(plot_feature_maps(model, images[:1], title), run_dir, "feature_maps.png")
 
 
 def report_run(trainer: ResNetTrainer, data: MNISTDataLoader) -> None:
-    """Test the best epoch's network, report, write report and pictures to the trainer's folder."""
+    """Test the trainer's network; print a report, and save it with pictures in run_dir, if set."""
     recipe, history = trainer.recipe, trainer.history
-    has_test = len(data.test) > 0  # Kaggle publishes no labels of its test images
-    loader = data.test if has_test else data.val
+    loader = data.test or data.val  # it is empty for Kaggle, which publishes no test labels
+    tested = "test" if loader is data.test else "validation"
     results = trainer.test(loader)
     epoch = best_epoch(history)
     loss, accuracy = history["val_loss"][epoch - 1], history["val_accuracy"][epoch - 1]
     chosen_on = "validation set" if recipe.select_on == "val" else "TEST SET, which is optimistic"
-    tested = "test" if has_test else "validation"
     scores = f"{tested} loss {results['loss']:.4f}, {tested} accuracy {results['accuracy']:.2f} %"
-    correct = (results["predictions"] == results["labels"]).sum()
     report = f"""{recipe.model}, {recipe.input}, dataset {recipe.dataset}, seed {recipe.seed}
 epoch {epoch}, selected on the {chosen_on}: loss {loss:.4f}, {accuracy:.2f} %
-{scores} ({correct:,} of {len(loader.labels):,} images)
+{scores} ({confusion_matrix(results).trace():,} of {len(loader.labels):,} images)
 
 {classification_report(results)}
 """
@@ -866,13 +859,8 @@ epoch {epoch}, selected on the {chosen_on}: loss {loss:.4f}, {accuracy:.2f} %
         say(f"weights, history, report and pictures: {trainer.run_dir}")
 
 
-@torch.no_grad()
 def visualize_model_architecture(model: nn.Module, image_size: int = 28) -> None:
-    """Print the layers that an image with sides of ``image_size`` pixels meets, in this order.
-
-    The parameters of a convolution include those of the batch norm after it. A multiply-add counts
-    as two FLOPs; in the paper, as one.
-    """
+    """Print the layers in the order in which an image of ``image_size``² pixels meets them."""
     weight = next(w for w in model.parameters() if w.dim() == 4)  # of the first convolution
     image = weight.new_zeros(1, weight.shape[1], image_size, image_size)
     calls, layers = [], []
@@ -882,16 +870,13 @@ def visualize_model_architecture(model: nn.Module, image_size: int = 28) -> None
     for module, inputs, y in calls:
         layer = {"name": names[module], "shape": "x".join(map(str, y.shape[1:]))}
         layer |= {"parameters": sum(p.numel() for p in module.parameters()), "flops": 0, "live": 1}
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            # Each weight meets each position of the output once: a product and a sum.
-            layer["flops"] = 2 * module.weight.numel() * y[0, 0].numel()
-        if isinstance(module, nn.Conv2d):
-            # A weight is dead if it meets padding at every position, as eight of nine do on a 1×1
-            # map. An image of ones, padded with zeros, shows which.
+        if isinstance(module, (nn.Conv2d, nn.Linear)):  # in the paper, a multiply-add is one FLOP
+            layer["flops"] = 2 * module.weight.numel() * y[0, 0].numel()  # at each position
+        if isinstance(module, nn.Conv2d):  # which weights ever meet a 1, where padding is 0?
             window = (module.kernel_size, module.dilation, module.padding, module.stride)
             seen = F.unfold(torch.ones_like(inputs[0][:, :1]), *window).amax(dim=2)
             layer["live"] = seen.mean().item()
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d):  # counted with the convolution before it
             layers[-1]["parameters"] += layer["parameters"]
         elif layer["flops"] or "Pool" in type(module).__name__:
             layers.append(layer)
@@ -911,33 +896,30 @@ def visualize_model_architecture(model: nn.Module, image_size: int = 28) -> None
 #
 # Digits from elsewhere, in MNIST's form: uint8, 28×28, light ink on dark ground.
 
-import random
-
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 def draw_synthetic_digits(data_dir=None, train_size: int = 6000, test_size: int = 1000) -> tuple:
-    """Draw digits in matplotlib's fonts, the same each time; return them as read_mnist() does."""
+    """Draw digits, the same each time; return them as read_mnist() does. No data_dir is read."""
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
     paths = [path for path in sorted(folder.glob("DejaVu*")) if "Display" not in path.name]
-    fonts = [ImageFont.truetype(path, size) for path in paths for size in range(32, 51, 3)]
-    rng = random.Random(0)
+    rng = np.random.RandomState(0)
     labels = torch.arange(train_size + test_size) % 10
     images = torch.zeros(len(labels), 28, 28, dtype=torch.uint8)
     for number, digit in enumerate(labels.tolist()):
         canvas = Image.new("L", (56, 56))  # twice the size: shrinking smooths the edges
-        place = (rng.uniform(22, 34), rng.uniform(22, 34))
-        style = {"font": rng.choice(fonts), "stroke_width": rng.randint(0, 2), "anchor": "mm"}
-        ImageDraw.Draw(canvas).text(place, str(digit), 255, **style)
+        place = rng.uniform(22, 34, size=2).tolist()
+        font = ImageFont.truetype(rng.choice(paths), rng.randint(32, 51))
+        ImageDraw.Draw(canvas).text(place, str(digit), 255, font, "mm", stroke_width=rng.randint(3))
         canvas = canvas.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR)
         images[number] = TF.pil_to_tensor(canvas.reduce(2))
     return images[:train_size], labels[:train_size], images[train_size:], labels[train_size:]
 
 
 def read_kaggle(data_dir, name="train.csv", labelled=True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Read a CSV of Kaggle's Digit Recognizer like read_mnist(); if it has no labels, zeros."""
+    """Read a CSV of Kaggle's Digit Recognizer as read_mnist() does; without labels, zeros."""
     path = Path(data_dir, name)
     with explaining(f"cannot read {path}"):
         table = np.loadtxt(path, np.uint8, delimiter=",", skiprows=1, ndmin=2)
@@ -973,34 +955,32 @@ def near(mask: Tensor, reach: int = 2) -> Tensor:
 def split_parts(mask: Tensor) -> Tensor:
     """Return the connected parts of a mask (H, W) as masks (N, H, W): largest first, no specks."""
     numbers = torch.arange(1.0, mask.numel() + 1).view(1, *mask.shape) * mask
-    before = torch.zeros_like(numbers)
-    while not torch.equal(numbers, before):  # in each part the largest number spreads
-        before = numbers
-        numbers = F.max_pool2d(before, 3, stride=1, padding=1) * mask
-    sizes, order = numbers[mask[None]].long().bincount().sort(descending=True)
-    return numbers == order[20 * sizes >= sizes[0]][:, None, None]
+    while not torch.equal(numbers, spread := F.max_pool2d(numbers, 3, 1, padding=1) * mask):
+        numbers = spread  # in each part the largest number spreads
+    sizes, present = numbers[mask[None]].long().bincount().sort(descending=True)
+    return numbers == present[20 * sizes >= sizes[0]][:, None, None]
 
 
 def find_ink(colors: Tensor, inside: Tensor) -> Tensor:
-    """Return the ink, (H, W) from 0 to 1, in colors (3, H, W) where ``inside`` (H, W) is True."""
+    """Return how inky, from 0 to 1, the pixels (H, W) of colors (3, H, W) are; 0 if not inside."""
     # Most of the border is paper, even around a digit that fills the picture. As light is uneven,
     # paper is fitted, in each color, by a surface of second degree; ink is what differs from it.
     border = inside & near(~inside, min(inside.shape) // 20 + 1)
     paper = colors[:, border].median(dim=1).values[:, None, None]
     v, u = torch.meshgrid(*[torch.linspace(-1, 1, side) for side in inside.shape], indexing="ij")
     terms = torch.stack([torch.ones_like(u), u, v, u * u, u * v, v * v], dim=-1)  # (H, W, 6)
-    for _ in range(3):
+    for _ in range(3):  # the last fit is not used
         difference = (colors - paper).abs().amax(dim=0)
         levels = difference[inside].sort().values
         mass, share = levels.cumsum(dim=0), torch.arange(1, len(levels) + 1) / len(levels)
         between = (mass[-1] * share - mass)[:-1] ** 2 / (share * (1 - share))[:-1]
-        threshold = levels[between.argmax()]  # Otsu 1979: the largest variance between the two
+        threshold = levels[between.argmax()]  # Otsu 1979: paper and ink differ most
         is_paper = inside & (difference <= threshold)
         fit = torch.linalg.lstsq(terms[is_paper], colors[:, is_paper].T, driver="gelsd")
         paper = (terms @ fit.solution).permute(2, 0, 1)
     on_paper, on_ink = difference[is_paper], difference[inside & ~is_paper]
-    # Ink must differ by 8 levels, and by 8 standard deviations of the paper or, since soft edges
-    # widen these, by 2.3 times those of paper and ink together. Blank pages reach 7 and 2.2.
+    # Ink must differ by 8 levels, and by 8 standard deviations of the paper or, as soft edges widen
+    # both, by 2.3 times the sum of the paper's and the ink's. Blank pages reach 7 and 2.2.
     spreads = [((x - x.mean()) ** 2).mean().sqrt() for x in (on_paper, on_ink)]
     is_clear = on_ink.mean() - on_paper.mean() > max(8, min(8 * spreads[0], 2.3 * sum(spreads)))
     strength = ((difference - threshold / 2) / (on_ink.mean() - threshold / 2)).clamp(0, 1)
@@ -1013,34 +993,32 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
     if not ink.any():
         return ink
     parts = split_parts(ink > 0)
-    sides = torch.maximum(parts.any(dim=1).sum(dim=1), parts.any(dim=2).sum(dim=1))
-    longest = parts[sides.argmax()]
-    # If the longest part, with its holes, fills its box, turned or not, and is wider than a 1, it
-    # is a sheet or a frame: look inside. Else parts at the edge go; if little is left, look again.
+    lengths = torch.maximum(parts.any(dim=1).sum(dim=1), parts.any(dim=2).sum(dim=1))
+    longest = parts[lengths.argmax()]
+    # If the longest part, with its holes, fills its box, turned or not, is large and no 1, it is a
+    # sheet or a frame: look inside. Else parts at the edge go; if little is left, look again.
     filled = inside
-    for side in (0, 1):  # between its first and last pixel, in columns and in rows
-        before = longest.cumsum(dim=side) > 0
-        after = longest.flip(side).cumsum(dim=side).flip(side) > 0
-        filled = filled & before & after
+    for dim in (0, 1):  # from its first to its last pixel, in columns and in rows
+        count = longest.cumsum(dim=dim)
+        filled = filled & (count > 0) & (longest | (count < count.amax(dim=dim, keepdim=True)))
     angles = torch.arange(32) * math.pi / 32
     across = longest.nonzero().float() @ torch.stack([angles.cos(), angles.sin()])
-    boxes = (across.amax(dim=0) - across.amin(dim=0) + 1).view(2, 16)  # two sides of each
+    boxes = (across.amax(dim=0) - across.amin(dim=0) + 1).view(2, 16)  # two sides, 90° apart
     short, long = boxes[:, boxes.prod(dim=0).argmin()].aminmax()
     encloses = filled.sum() > 0.88 * short * long and 2 * short > long > max(inside.shape) / 4
     touches = (parts & near(~inside)).flatten(1).any(dim=1)
-    if not encloses and (4 * sides[~touches] >= sides.max()).any():
+    if not encloses and (4 * lengths[~touches] >= lengths.max()).any():
         return ink * parts[~touches].any(dim=0)
-    beyond = ~filled if encloses else parts[touches].any(dim=0)
-    again = find_digit(colors, inside & ~near(~inside | beyond, 4))
-    # If that finds nothing, it was a tightly cut digit or a square 0, or a blank sheet or a shadow.
+    outside = ~filled if encloses else ~inside | parts[touches].any(dim=0)
+    again = find_digit(colors, ~near(outside, 4))
+    # Nothing, at the first look? A digit cut out tightly, a square 0, a blank sheet or a shadow.
     is_sheet = encloses and 2 * longest.sum() > filled.sum()
     drawn = parts.any(dim=0)
     low, high = drawn.nonzero().aminmax(dim=0)
-    fills = (high - low + 5 >= torch.tensor(drawn.shape)).all()
+    fills = (high - low + 5 >= torch.tensor(drawn.shape)).all()  # but for 4 pixels
     is_shadow = drawn[[0, -1]][:, [0, -1]].any() and not fills  # in a corner, not all across
-    if is_sheet or is_shadow or again.any() or not inside.all():
-        return again
-    return ink * drawn
+    is_digit = inside.all() and not (is_sheet or is_shadow or again.any())
+    return ink * drawn if is_digit else again
 
 
 def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
@@ -1070,8 +1048,8 @@ def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
     digit = TF.resized_crop(ink[None], *low.tolist(), *shape.tolist(), size.tolist())[0]
     digit = (255 * digit / digit.max()).round().byte()
     center = (digit > 127).nonzero().float().mean(dim=0)  # goes to the middle, 13.5
-    corner = (13.5 - center).round().clamp(min=0).minimum(28 - size)
-    return picture, TF.crop(digit[None], *(-corner).int().tolist(), 28, 28)[0]  # which pads with 0
+    corner = -(13.5 - center).round().clamp(min=0).minimum(28 - size)
+    return picture, TF.crop(digit[None], *corner.int().tolist(), 28, 28)[0]  # crop() pads with 0
 
 
 def plot_readings(read: dict[str, tuple], probabilities: Tensor) -> Figure:
@@ -1094,16 +1072,12 @@ def plot_readings(read: dict[str, tuple], probabilities: Tensor) -> Figure:
 #
 # What a ResNet is compared with, and weights: those to start from, and those of a run.
 
-from torchvision import models
-
 RUNS = Path("runs")
 
 
 def lenet5(num_classes: int = 10, input_channels: int = 1, stem=None) -> nn.Sequential:
-    """LeNet-5 (LeCun 1998, II.B): (N, C, H, W) → (N, num_classes); ``stem`` is not used.
-
-    Simpler: C3 reads all of S2, pooling has no weights, tanh is not scaled, the output is linear.
-    """
+    """LeNet-5 (LeCun 1998, II.B): (N, C, H, W) → (N, num_classes); ``stem`` is not used."""
+    # Simpler: C3 reads all of S2, pooling has no weights, tanh is not scaled, the output is linear.
     c1 = nn.Conv2d(input_channels, 6, 5, padding=2)  # (N, 6, 28, 28)
     s2 = nn.Sequential(nn.Tanh(), nn.AvgPool2d(2))  # (N, 6, 14, 14)
     c3 = nn.Conv2d(6, 16, 5)  # (N, 16, 10, 10)
@@ -1138,17 +1112,12 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, recipe: Recipe) -> None:
-    """Give a model the weights that the recipe starts from: torchvision's, or those of a file.
-
-    The first convolution is adapted to the channels. What does not fit stays newly initialized,
-    such as a head for other classes; a line says so. Raises UserError if nothing fits.
-    """
+    """Give a model what fits of torchvision's weights or of a file's. UserError if nothing does."""
     target = model.state_dict()
     first = next(iter(target))
     with explaining(f"{recipe.model} cannot start from {recipe.weights}"):
         if recipe.weights == "imagenet":
-            weights = models.get_model_weights(recipe.model).DEFAULT
-            state = weights.get_state_dict(progress=False, check_hash=True)
+            state = models.get_model(recipe.model, weights="DEFAULT", progress=False).state_dict()
         else:
             state = read_tensors(recipe.weights)
             state = state.get("model", state.get("state_dict", state))  # where checkpoints have it
@@ -1160,12 +1129,12 @@ def load_weights(model: nn.Module, recipe: Recipe) -> None:
         fits = {n: w for n, w in state.items() if n in target and w.shape == target[n].shape}
         if not fits:
             raise ValueError(f"it has {list(state)[:2]} ..., not {list(target)[:2]} ...")
-        rest = model.load_state_dict(fits, strict=False).missing_keys
+        rest = model.load_state_dict(fits, strict=False).missing_keys  # a new head, for example
     say(f"weights {len(fits)} of {len(state)} tensors loaded, newly initialized: {rest or 'none'}")
 
 
 def load_checkpoint(run: str | Path | None, name: str) -> tuple[Path, dict[str, Any]]:
-    """Return path and content of a checkpoint: a file, or ``name`` in a folder (None: newest)."""
+    """Return path and content of a checkpoint: a file, ``name`` in a folder or the newest run."""
     run = run or max(RUNS.glob(f"*/{name}"), key=os.path.getmtime, default=None)
     if run is None:
         raise UserError(f"there is no run in {RUNS.resolve()}: train one, or name its folder")
@@ -1177,7 +1146,7 @@ def load_checkpoint(run: str | Path | None, name: str) -> tuple[Path, dict[str, 
 
 
 def load_trainer(run: str | None, device: str | None) -> tuple[Path, ResNetTrainer]:
-    """Return a checkpoint's path (in a folder, best.pt), a trainer with its network and history."""
+    """Return the path of a run's best.pt, and a trainer with its recipe, network and history."""
     path, checkpoint = load_checkpoint(run, "best.pt")
     trainer = ResNetTrainer(build_model(checkpoint["recipe"]), device, checkpoint["recipe"])
     with explaining(f"{path} does not fit {trainer.recipe.model}"):
@@ -1214,8 +1183,7 @@ RECIPES = {
 
 
 def prepare_run(args: argparse.Namespace) -> tuple[ResNetTrainer, MNISTDataLoader, dict]:
-    """Return the trainer and the data of a run, and the checkpoint it goes on from, if any."""
-    folder = args.output_dir
+    """Return a run's trainer, its data and the checkpoint it goes on from; print what it is."""
     checkpoint: dict[str, Any] = {}
     if args.resume is None:
         recipe = replace(RECIPES[args.recipe or "plateau"], **args.changes)
@@ -1225,9 +1193,9 @@ def prepare_run(args: argparse.Namespace) -> tuple[ResNetTrainer, MNISTDataLoade
         path, checkpoint = load_checkpoint(args.resume, "last.pt")
         recipe = replace(checkpoint["recipe"], **args.changes)
         changeable = ["patience"] if recipe.scheduler == "onecycle" else ["patience", "epochs"]
-        if args.recipe or folder or args.changes.keys() - set(changeable):
+        if args.recipe or args.output_dir or args.changes.keys() - set(changeable):
             raise UserError(f"only {', '.join(changeable)} of a resumed run may change")
-        folder = path.parent
+        args.output_dir = path.parent
     data = MNISTDataLoader(args.data_dir, recipe)
     torch.manual_seed(recipe.seed)
     model = build_model(recipe)
@@ -1240,25 +1208,23 @@ def prepare_run(args: argparse.Namespace) -> tuple[ResNetTrainer, MNISTDataLoade
     if RANK == 0:  # only the first process writes
         name = f"{recipe.model}-{recipe.input}-{recipe.dataset}"
         number = next(n for n in itertools.count(1) if not (RUNS / f"{name}-{n}").exists())
-        trainer.run_dir = Path(folder or RUNS / f"{name}-{number}")
+        trainer.run_dir = Path(args.output_dir or RUNS / f"{name}-{number}")
         with explaining(f"cannot make {trainer.run_dir} (a run in it may go on with --resume)"):
-            # Of two runs that start at once, one gets the folder.
-            trainer.run_dir.mkdir(parents=True, exist_ok=bool(checkpoint))
+            trainer.run_dir.mkdir(parents=True, exist_ok=bool(checkpoint))  # only one run gets it
+    sizes = [f"{len(loader.labels):,}" for loader in (data.train, data.val, data.test)]
+    parameters = sum(p.numel() for p in model.parameters())
+    threads = torch.get_num_threads()  # which the last bits of a result depend on
+    say(f"device  {trainer.device}, {trainer.precision}, threads {threads}, processes {WORLD_SIZE}")
+    say(f"data    {recipe.dataset}: {sizes[0]} to train, {sizes[1]} to select, {sizes[2]} to test")
+    say(f"model   {recipe.model} for {recipe.input}: {parameters:,} parameters")
+    say(f"run     {trainer.run_dir}\n")
     return trainer, data, checkpoint
 
 
 def command_train(args: argparse.Namespace) -> None:
     """Train, test, draw how it went (the default)."""
     trainer, data, checkpoint = prepare_run(args)
-    recipe = trainer.recipe
     run_dir = trainer.run_dir
-    sizes = [f"{len(loader.labels):,}" for loader in (data.train, data.val, data.test)]
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    threads = torch.get_num_threads()  # which the last bits of a result depend on
-    say(f"device  {trainer.device}, {trainer.precision}, threads {threads}, processes {WORLD_SIZE}")
-    say(f"data    {recipe.dataset}: {sizes[0]} to train, {sizes[1]} to select, {sizes[2]} to test")
-    say(f"model   {recipe.model} for {recipe.input}: {parameters:,} parameters")
-    say(f"run     {run_dir}\n")
     try:
         if WORLD_SIZE > 1:
             distributed.init_process_group("nccl" if trainer.device.type == "cuda" else "gloo")
@@ -1281,9 +1247,8 @@ def command_evaluate(args: argparse.Namespace) -> None:
     """Test the best networks of runs again."""
     for run in args.runs or [None]:
         path, trainer = load_trainer(run, args.device)
-        data = MNISTDataLoader(args.data_dir, trainer.recipe)
         say(f"{path} on {trainer.device}, {trainer.precision}")
-        report_run(trainer, data)
+        report_run(trainer, MNISTDataLoader(args.data_dir, trainer.recipe))
 
 
 def command_predict(args: argparse.Namespace) -> int:
@@ -1338,25 +1303,34 @@ TABLES = {"input": INPUTS, "dataset": READERS, "normalize": STATISTICS}
 TABLES |= {"model": NETWORKS, "optimizer": OPTIMIZERS, "scheduler": SCHEDULERS}
 
 
-def parse(command: str, arguments: list[str]) -> argparse.Namespace:
-    """Return a command's flags by their names. Each setting of a recipe is a flag of train."""
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next step; else a step takes up to an eighth longer."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give memory back
+        mallopt(-4, 0)  # M_MMAP_MAX: no separate mappings, which go back when freed
+
+
+def main(arguments=()) -> int:
+    """Run a command, such as ["evaluate"]; return the exit code."""
+    arguments = list(arguments)
+    command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
     lines = [f"resnet18_mnist.py {name:10}{run.__doc__}" for name, run in COMMANDS.items()]
     usage = "\n       ".join(lines)
     parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False, exit_on_error=False)
     add = parser.add_argument
-    settings = {"train": fields(Recipe), "describe": fields(Recipe)[:4]}  # the network's
+    settings = {"train": fields(Recipe), "describe": fields(Recipe)[:4]}  # model to plain
     for entry in settings.get(command, ()):
-        name = entry.name
         kind = type(entry.default)
-        if name in GROUPS:  # from here on, flags go into this group
-            add = parser.add_argument_group(GROUPS[name]).add_argument
-        help = entry.metadata["help"] + ", ".join(TABLES.get(name, ()))
-        if kind is not bool and entry.default != "":
-            help += f" (default: {entry.default})"
-        how = {"type": kind, "choices": TABLES.get(name), "metavar": kind.__name__}
+        if entry.name in GROUPS:  # this flag and all later ones go into this group
+            add = parser.add_argument_group(GROUPS[entry.name]).add_argument
+        help = entry.metadata["help"]
+        how = {"type": kind, "choices": TABLES.get(entry.name), "metavar": kind.__name__}
         if kind is bool:
             how = {"action": "store_true"}
-        add("--" + name.replace("_", "-"), help=help, default=argparse.SUPPRESS, **how)
+        elif entry.default != "":
+            help += f" (default: {entry.default})"
+        add("--" + entry.name.replace("_", "-"), help=help, default=argparse.SUPPRESS, **how)
     if command == "train":
         add("--recipe", choices=RECIPES, metavar="NAME", help="settings to begin with: %(choices)s")
         add("--output-dir", metavar="DIR", help="folder of the run (default: a new one in runs/)")
@@ -1371,27 +1345,11 @@ def parse(command: str, arguments: list[str]) -> argparse.Namespace:
         add("--data-dir", default="data", metavar="DIR", help="where the data is (default: data)")
     if command != "describe":
         add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps or xpu (default: the best)")
-    args, unknown = parser.parse_known_intermixed_args(arguments)
-    if unknown:
-        raise UserError(f"{' '.join(unknown)} is unknown; --help shows what there is")
-    args.changes = {name: value for name, value in vars(args).items() if hasattr(Recipe, name)}
-    return args
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next step; else a step takes up to an eighth longer."""
-    with suppress(AttributeError, OSError, TypeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give memory back
-        mallopt(-4, 0)  # M_MMAP_MAX: no separate mappings, which go back when freed
-
-
-def main(arguments=()) -> int:
-    """Run a command, such as ["evaluate"]; return the exit code."""
-    arguments = list(arguments)
-    command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
     try:
-        args = parse(command, arguments)
+        args, unknown = parser.parse_known_intermixed_args(arguments)
+        if unknown:
+            raise UserError(f"{' '.join(unknown)} is unknown; --help shows what there is")
+        args.changes = {name: value for name, value in vars(args).items() if hasattr(Recipe, name)}
         keep_freed_memory()
         return COMMANDS[command](args) or 0
     except (UserError, OSError, argparse.ArgumentError, torch.cuda.OutOfMemoryError) as error:
