@@ -280,12 +280,12 @@ class Recipe:
 
 @contextmanager
 def explaining(message: str) -> Iterator[None]:
-    """Turn any error into a UserError: ``message``, then the first line of the error's own."""
+    """Turn any error into a UserError of one line: ``message``, then the start of its text."""
     try:
         yield
     except Exception as error:
-        words = str(error).strip() or type(error).__name__
-        raise UserError(f"{message}: {words.splitlines()[0]}") from error
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{message}: {words[:200]}") from error
 
 
 def look_up(table: dict[str, Any], name: str, what: str) -> Any:
@@ -335,7 +335,7 @@ READERS: dict[str, Callable] = {"mnist": read_mnist}  # section 7 adds more, of 
 def split_by_class(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return shuffled indices (train, validation), split in the same ratio in each class."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    by_class = order[labels[order].argsort(stable=True)]  # each class is shuffled
+    by_class = order[labels[order].argsort(stable=True)]  # sorted by class, shuffled within
     # Evenly spaced places in this list take the same share of each class.
     places = torch.arange(val_size) * len(labels) // max(val_size, 1)
     held_out = torch.isin(order, by_class[places])
