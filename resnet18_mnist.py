@@ -9,7 +9,7 @@
     python resnet18_mnist.py predict digit.png  read a digit from a photo or a drawing
     python resnet18_mnist.py describe           each layer's shape, parameters and FLOPs
 
-Sections 1 to 5, which end at line 699, show how a ResNet is built and trained. Each section is a
+Sections 1 to 5, which end at line 695, show how a ResNet is built and trained. Each section is a
 notebook cell that needs only the ones above it:
 
     1  Network       the residual block, and five depths built from it
@@ -215,55 +215,51 @@ def resnet152(**options: Any) -> ResNet:
 # %% 2. Recipe
 #
 # The settings of a run, each with a help text. Each is also a flag: ``lr_factor`` is --lr-factor.
-# argparse, the parser of flags, fills in the %(choices)s.
 
 
 class UserError(Exception):
     """An error that the user can fix: the command line prints it in one line and exits with 2."""
 
 
-def setting(default: Any, help: str, low: float = 0) -> Any:
-    """Return a dataclass field, with its help for --help; a number must not be below ``low``."""
-    return field(default=default, metadata={"help": help, "low": low})
+def setting(default: Any, help: str, low: float = 0, group: str = "") -> Any:
+    """Return a field of Recipe; its help may begin a ``group``, its number be at least ``low``."""
+    return field(default=default, metadata={"help": help, "low": low, "group": group})
 
 
 @dataclass(frozen=True)
 class Recipe:
     """All settings of a run. Raises UserError for a value of the wrong type or out of range."""
 
-    # Network
-    model: str = setting("resnet18", "network: %(choices)s")
-    input: str = setting("gray28", "channels, and pixels per side: %(choices)s")
+    model: str = setting("resnet18", "network", group="network")
+    input: str = setting("gray28", "channels, and pixels per side")
     stem: str = setting("auto", "imagenet (7x7, pool), cifar (3x3); auto: what suits the input")
     plain: bool = setting(False, "the same layers without shortcuts, to see what these do")
     weights: str = setting("", "weights to start from: imagenet, or a file")
     freeze: str = setting("", "parts that keep their weights, as in conv1,bn1,layer1")
-    # Data
-    dataset: str = setting("mnist", "data set (synthetic if MNIST is missing): %(choices)s")
-    normalize: str = setting("mnist", "normalize pixels by the mean and deviation of: %(choices)s")
+    dataset: str = setting("mnist", "data set (synthetic if MNIST is missing)", group="data")
+    normalize: str = setting("mnist", "data set whose mean and deviation normalize the pixels")
     val_size: int = setting(0, "training images held out for validation; 0: a twelfth")
     select_on: str = setting("val", "val; test: hold out none, choose on test images (optimistic)")
     limit: int = setting(0, "number of training images; 0: all of them")
     rotate: float = setting(6.0, "augmentation: maximum rotation, in degrees")
     shift: float = setting(0.05, "augmentation: maximum shift, as a fraction of the side")
     stretch: float = setting(0.06, "augmentation: maximum stretch and shear, as a fraction")
-    # Training; the defaults are chosen for ten epochs of ResNet-18
-    epochs: int = setting(10, "maximum number of passes over the training images", low=1)
+    # The defaults of training are chosen for ten epochs of ResNet-18.
+    epochs: int = setting(10, "maximum number of passes over the data", low=1, group="training")
     batch_size: int = setting(128, "images per batch, over all processes", low=2)
     accumulate: int = setting(1, "batches whose gradients make one update", low=1)
-    optimizer: str = setting("sgd", "what turns gradients into updates: %(choices)s")
+    optimizer: str = setting("sgd", "what turns gradients into updates")
     lr: float = setting(0.05, "learning rate; for onecycle, the highest one")
     momentum: float = setting(0.9, "momentum of sgd and nesterov")
     weight_decay: float = setting(5e-4, "weight decay of all parameters")
-    scheduler: str = setting("plateau", "what lowers the learning rate: %(choices)s")
+    scheduler: str = setting("plateau", "what lowers the learning rate")
     lr_factor: float = setting(0.1, "plateau, step: factor that lowers the learning rate")
     lr_patience: int = setting(2, "plateau: tolerated epochs without a drop of the validation loss")
     # Late epochs mostly bring tiny gains; these alone should not keep the rate high.
     lr_threshold: float = setting(0.2, "plateau: smallest relative drop that counts as one")
     lr_step: int = setting(5, "step: epochs from one step to the next", low=1)
     patience: int = setting(5, "end after so many epochs without any lower validation loss", low=1)
-    # Run
-    seed: int = setting(0, "fixes split, first weights, order and augmentation")
+    seed: int = setting(0, "fixes split, first weights, order, augmentation", group="run")
     precision: str = setting("auto", "fp32, bf16; auto: bf16 where the hardware computes it fast")
 
     def __post_init__(self):
@@ -1091,7 +1087,7 @@ NETWORKS = {f.__name__: f for f in (resnet18, resnet34, resnet50, resnet101, res
 
 
 def build_model(recipe: Recipe) -> nn.Module:
-    """Return the recipe's network, newly initialized. Raises UserError."""
+    """Return the recipe's network, newly initialized, with ``freeze`` applied. Raises UserError."""
     channels, _, suitable_stem = look_up(INPUTS, recipe.input, "input")
     build = look_up(NETWORKS, recipe.model, "model")
     stems = {"auto": suitable_stem, "imagenet": "imagenet", "cifar": "cifar"}
@@ -1100,6 +1096,9 @@ def build_model(recipe: Recipe) -> nn.Module:
         if recipe.plain and hasattr(module, "downsample"):
             del module.downsample  # nn.Module refuses to replace a module by a function
             module.downsample = lambda x: 0  # what the block adds in place of a shortcut
+    for part in recipe.freeze.replace(",", " ").split():
+        with explaining(f"cannot freeze {part!r}"):
+            model.get_submodule(part).requires_grad_(False)
     return model
 
 
@@ -1160,7 +1159,6 @@ def load_trainer(run: str | None, device: str | None) -> tuple[Path, ResNetTrain
 import argparse
 import ctypes
 import glob
-import itertools
 import shutil
 
 # Common ways to train a ResNet on MNIST. A patience of 99 switches early stopping off.
@@ -1182,8 +1180,8 @@ RECIPES = {
 }  # fmt: skip
 
 
-def prepare_run(args: argparse.Namespace) -> tuple[ResNetTrainer, MNISTDataLoader, dict]:
-    """Return a run's trainer, its data and the checkpoint it goes on from; print what it is."""
+def command_train(args: argparse.Namespace) -> None:
+    """Train, test, draw how it went (the default)."""
     checkpoint: dict[str, Any] = {}
     if args.resume is None:
         recipe = replace(RECIPES[args.recipe or "plateau"], **args.changes)
@@ -1201,42 +1199,29 @@ def prepare_run(args: argparse.Namespace) -> tuple[ResNetTrainer, MNISTDataLoade
     model = build_model(recipe)
     if recipe.weights and not checkpoint:
         load_weights(model, recipe)
-    for part in recipe.freeze.replace(",", " ").split():
-        with explaining(f"cannot freeze {part!r}"):
-            model.get_submodule(part).requires_grad_(False)
-    trainer = ResNetTrainer(model, args.device, recipe)
-    if RANK == 0:  # only the first process writes
-        name = f"{recipe.model}-{recipe.input}-{recipe.dataset}"
-        number = next(n for n in itertools.count(1) if not (RUNS / f"{name}-{n}").exists())
-        trainer.run_dir = Path(args.output_dir or RUNS / f"{name}-{number}")
-        with explaining(f"cannot make {trainer.run_dir} (a run in it may go on with --resume)"):
-            trainer.run_dir.mkdir(parents=True, exist_ok=bool(checkpoint))  # only one run gets it
+    name = f"{recipe.model}-{recipe.input}-{recipe.dataset}"
+    free = next(n for n in range(1, sys.maxsize) if not (RUNS / f"{name}-{n}").exists())
+    trainer = ResNetTrainer(model, args.device, recipe, args.output_dir or RUNS / f"{name}-{free}")
+    run_dir = trainer.run_dir  # None but in the first process
+    if run_dir:
+        with explaining(f"cannot make {run_dir} (a run in it may go on with --resume)"):
+            run_dir.mkdir(parents=True, exist_ok=bool(checkpoint))  # only one run gets it
     sizes = [f"{len(loader.labels):,}" for loader in (data.train, data.val, data.test)]
     parameters = sum(p.numel() for p in model.parameters())
     threads = torch.get_num_threads()  # which the last bits of a result depend on
     say(f"device  {trainer.device}, {trainer.precision}, threads {threads}, processes {WORLD_SIZE}")
     say(f"data    {recipe.dataset}: {sizes[0]} to train, {sizes[1]} to select, {sizes[2]} to test")
-    say(f"model   {recipe.model} for {recipe.input}: {parameters:,} parameters")
-    say(f"run     {trainer.run_dir}\n")
-    return trainer, data, checkpoint
-
-
-def command_train(args: argparse.Namespace) -> None:
-    """Train, test, draw how it went (the default)."""
-    trainer, data, checkpoint = prepare_run(args)
-    run_dir = trainer.run_dir
+    say(f"model   {recipe.model} for {recipe.input}, {parameters:,} parameters, in {run_dir}\n")
     try:
         if WORLD_SIZE > 1:
             distributed.init_process_group("nccl" if trainer.device.type == "cuda" else "gloo")
         trainer.train(data.train, data.val, resume=checkpoint)
         report_run(trainer, data)
-    except KeyboardInterrupt:
-        if run_dir and (run_dir / "last.pt").exists():
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and run_dir and (run_dir / "last.pt").exists():
             flags = f'--resume "{run_dir}" --data-dir "{args.data_dir}" --device {trainer.device}'
             print(f'stopped; this goes on:  python "{sys.argv[0]}" {flags}', file=sys.stderr)
-        raise
-    except Exception:
-        if run_dir and not checkpoint and not (run_dir / "best.pt").exists():
+        elif run_dir and not checkpoint and not (run_dir / "best.pt").exists():
             shutil.rmtree(run_dir)  # no epoch was finished: the same command may start again
         raise
     if WORLD_SIZE > 1:
@@ -1266,10 +1251,9 @@ def command_predict(args: argparse.Namespace) -> int:
     if args.kaggle:
         loader = TensorLoader(*read_kaggle("", args.kaggle, labelled=False)[:2], trainer.recipe)
         table = list(enumerate(trainer.test(loader)["predictions"].tolist(), start=1))
-        solution = path.with_name("solution.csv")
-        with atomic_write(solution) as file:
+        with atomic_write(path.with_name("solution.csv")) as file:
             np.savetxt(file, table, "%d", delimiter=",", header="ImageId,Label", comments="")
-        say(f"labels of {len(table):,} images: {solution}")
+        say(f"labels of {len(table):,} images: {path.with_name('solution.csv')}")
     read = {}
     for name in names:
         try:
@@ -1297,8 +1281,7 @@ def command_describe(args: argparse.Namespace) -> None:
 COMMANDS = {"train": command_train, "evaluate": command_evaluate}
 COMMANDS |= {"predict": command_predict, "describe": command_describe}
 
-# The first setting of each group of flags, and the settings whose values are a table's keys.
-GROUPS = {"model": "network", "dataset": "data", "epochs": "training", "seed": "run"}
+# The settings whose values are a table's keys.
 TABLES = {"input": INPUTS, "dataset": READERS, "normalize": STATISTICS}
 TABLES |= {"model": NETWORKS, "optimizer": OPTIMIZERS, "scheduler": SCHEDULERS}
 
@@ -1321,18 +1304,17 @@ def main(arguments=()) -> int:
     add = parser.add_argument
     settings = {"train": fields(Recipe), "describe": fields(Recipe)[:4]}  # model to plain
     for entry in settings.get(command, ()):
-        kind = type(entry.default)
-        if entry.name in GROUPS:  # this flag and all later ones go into this group
-            add = parser.add_argument_group(GROUPS[entry.name]).add_argument
+        if entry.metadata["group"]:  # this flag and all later ones go into this group
+            add = parser.add_argument_group(entry.metadata["group"]).add_argument
         help = entry.metadata["help"]
-        how = {"type": kind, "choices": TABLES.get(entry.name), "metavar": kind.__name__}
-        if kind is bool:
+        how = {"type": type(entry.default), "choices": TABLES.get(entry.name)}
+        if entry.default is False:
             how = {"action": "store_true"}
         elif entry.default != "":
             help += f" (default: {entry.default})"
         add("--" + entry.name.replace("_", "-"), help=help, default=argparse.SUPPRESS, **how)
     if command == "train":
-        add("--recipe", choices=RECIPES, metavar="NAME", help="settings to begin with: %(choices)s")
+        add("--recipe", choices=RECIPES, help="settings to begin with")
         add("--output-dir", metavar="DIR", help="folder of the run (default: a new one in runs/)")
         add("--resume", nargs="?", const="", metavar="RUN", help="continue a run (default: newest)")
     if command == "evaluate":
