@@ -747,28 +747,24 @@ def save_figure(figure: Figure, folder: str | Path, name: str) -> None:
 
 def plot_curves(history: dict[str, list], title: str = "") -> Figure:
     """Plot loss and accuracy per epoch, with the best epoch and each drop of the learning rate."""
-    epochs = history["epoch"]
-    rates = history["learning_rate"]  # epochs count from 1, so rates[epoch] is the next one's
+    rates = history["learning_rate"]
     best = best_epoch(history)
-    drops = [epoch for epoch in epochs[:-1] if rates[epoch] < rates[epoch - 1]]
-    if max(rates) > rates[0]:
-        drops = []  # onecycle changes the rate all the time
-    figure, axes = new_figure(1, 2, 11, 4.2, title)
-    units = {"loss": "nats per image", "accuracy": "%"}
-    for axis, (name, unit) in zip(axes[0], units.items(), strict=True):
-        axis.plot(epochs, history[f"train_{name}"], "o-", color=BLUE, label="training")
-        axis.plot(epochs, history[f"val_{name}"], "s-", color=VERMILION, label="validation")
+    figure, [axes] = new_figure(1, 2, 11, 4.2, title)
+    for axis, name, unit in zip(axes, ["loss", "accuracy"], ["nats per image", "%"], strict=True):
+        axis.plot("epoch", f"train_{name}", "o-", data=history, color=BLUE, label="training")
+        axis.plot("epoch", f"val_{name}", "s-", data=history, color=VERMILION, label="validation")
         axis.plot(best, history[f"val_{name}"][best - 1], "k*", ms=14, label=f"best epoch ({best})")
-        for epoch in drops:
-            axis.axvline(epoch + 0.5, color="gray", linestyle=":")
-            above = {"transform": axis.get_xaxis_transform(), "rotation": 90, "ha": "center"}
-            axis.text(epoch + 0.5, 1.02, f"lr {rates[epoch]:.2g}", **above, fontsize=8)
+        for epoch, rate in enumerate(rates[1:], start=1):  # the rate of the epoch after it
+            if rate < rates[epoch - 1] and max(rates) == rates[0]:  # onecycle changes it every step
+                axis.axvline(epoch + 0.5, color="gray", linestyle=":")
+                above = {"transform": axis.get_xaxis_transform(), "rotation": 90, "ha": "center"}
+                axis.text(epoch + 0.5, 1.02, f"lr {rate:.2g}", **above, fontsize=8)
         axis.set(xlabel="epoch", ylabel=f"{name} ({unit})")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    axes[0, 0].legend()
-    axes[0, 0].set_yscale("log", subs=[2, 3, 5])
-    axes[0, 0].yaxis.set(major_formatter="{x:,g}", minor_formatter="{x:,g}")  # plain numbers
+    axes[0].legend()
+    axes[0].set_yscale("log", subs=[2, 3, 5])
+    axes[0].yaxis.set(major_formatter="{x:,g}", minor_formatter="{x:,g}")  # plain numbers
     return figure
 
 
@@ -776,8 +772,7 @@ def plot_confusion_matrix(results: dict, title: str = "") -> Figure:
     """Draw the counts of true against predicted digits."""
     matrix = confusion_matrix(results)
     shade = matrix.log1p()  # logarithms: mistakes are a thousandth of the diagonal
-    figure, axes = new_figure(1, 1, 6.4, 6.8, title)
-    axis = axes[0, 0]
+    figure, [[axis]] = new_figure(1, 1, 6.4, 6.8, title)
     axis.imshow(shade.numpy(), cmap="Blues", vmax=2 * shade.max())  # pale, to keep text legible
     for true, predicted in matrix.nonzero().tolist():
         axis.text(predicted, true, f"{matrix[true, predicted]:,}", ha="center", va="center")
@@ -801,12 +796,10 @@ def plot_digits(images: Tensor, results: dict, chosen: Sequence, title: str = ""
 
 def plot_feature_maps(model: ResNet, image: Tensor, title: str = "") -> Figure:
     """Draw an image (1, C, S, S) and the first channels of each part's output."""
-    image = image.to(next(model.parameters()).device)
-    maps = {"input": image, **model.eval().get_feature_maps(image)}
-    del maps["pooled"]  # a vector
-    figure, axes = new_figure(len(maps), 10, 10, 1.25 * len(maps), title, **BARE)
-    for row, (name, features) in zip(axes, maps.items(), strict=True):
-        channels = features[0].detach().float().cpu().numpy()
+    maps = {"input": image, **model.eval().get_feature_maps(image.to(model.fc.weight.device))}
+    figure, axes = new_figure(6, 10, 10, 7.5, title, **BARE)  # none for the last, a vector
+    for row, (name, features) in zip(axes, maps.items(), strict=False):
+        channels = features[0].float().numpy(force=True)
         colors = "gray" if name == "input" else "viridis"
         for axis, channel in zip(row, channels, strict=False):  # all on one scale, to compare
             axis.imshow(channel, cmap=colors, vmin=channels.min(), vmax=channels.max())
@@ -870,8 +863,7 @@ def visualize_model_architecture(model: nn.Module, image_size: int = 28) -> None
             layer["flops"] = 2 * module.weight.numel() * y[0, 0].numel()  # at each position
         if isinstance(module, nn.Conv2d):  # which weights ever meet a 1, where padding is 0?
             window = (module.kernel_size, module.dilation, module.padding, module.stride)
-            seen = F.unfold(torch.ones_like(inputs[0][:, :1]), *window).amax(dim=2)
-            layer["live"] = seen.mean().item()
+            layer["live"] = F.unfold(torch.ones_like(inputs[0]), *window).amax(dim=2).mean()
         if isinstance(module, nn.BatchNorm2d):  # counted with the convolution before it
             layers[-1]["parameters"] += layer["parameters"]
         elif layer["flops"] or "Pool" in type(module).__name__:
@@ -948,32 +940,30 @@ def near(mask: Tensor, reach: int = 2) -> Tensor:
     return F.max_pool2d(F.pad(mask[None].float(), [reach] * 4, value=1), 2 * reach + 1, 1)[0] > 0
 
 
-def split_parts(mask: Tensor) -> Tensor:
-    """Return the connected parts of a mask (H, W) as masks (N, H, W): largest first, no specks."""
-    numbers = torch.arange(1.0, mask.numel() + 1).view(1, *mask.shape) * mask
-    while not torch.equal(numbers, spread := F.max_pool2d(numbers, 3, 1, padding=1) * mask):
+def split_parts(ink: Tensor) -> Tensor:
+    """Return the ink (H, W) of each connected part as (N, H, W): largest first, no specks."""
+    numbers = torch.arange(1.0, ink.numel() + 1).view(1, *ink.shape) * (ink > 0)
+    while not torch.equal(numbers, spread := F.max_pool2d(numbers, 3, 1, padding=1) * (ink > 0)):
         numbers = spread  # in each part the largest number spreads
-    sizes, present = numbers[mask[None]].long().bincount().sort(descending=True)
-    return numbers == present[20 * sizes >= sizes[0]][:, None, None]
+    sizes, present = numbers[numbers > 0].long().bincount().sort(descending=True)
+    return ink * (numbers == present[20 * sizes >= sizes[:1]][:, None, None])
 
 
 def find_ink(colors: Tensor, inside: Tensor) -> Tensor:
-    """Return how inky, from 0 to 1, the pixels (H, W) of colors (3, H, W) are; 0 if not inside."""
+    """Return how inky, from 0 to 1, the pixels (H, W) of colors (H, W, 3) are; 0 if not inside."""
     # Most of the border is paper, even around a digit that fills the picture. As light is uneven,
     # paper is fitted, in each color, by a surface of second degree; ink is what differs from it.
-    border = inside & near(~inside, min(inside.shape) // 20 + 1)
-    paper = colors[:, border].median(dim=1).values[:, None, None]
+    paper = colors[inside & near(~inside, min(inside.shape) // 20 + 1)].median(dim=0).values
     v, u = torch.meshgrid(*[torch.linspace(-1, 1, side) for side in inside.shape], indexing="ij")
     terms = torch.stack([torch.ones_like(u), u, v, u * u, u * v, v * v], dim=-1)  # (H, W, 6)
     for _ in range(3):  # the last fit is not used
-        difference = (colors - paper).abs().amax(dim=0)
+        difference = (colors - paper).abs().amax(dim=2)
         levels = difference[inside].sort().values
         mass, share = levels.cumsum(dim=0), torch.arange(1, len(levels) + 1) / len(levels)
-        between = (mass[-1] * share - mass)[:-1] ** 2 / (share * (1 - share))[:-1]
-        threshold = levels[between.argmax()]  # Otsu 1979: paper and ink differ most
+        between = (mass[-1] * share - mass) ** 2 / (share * (1 - share))
+        threshold = levels[between[:-1].argmax()]  # Otsu 1979: paper and ink differ most
         is_paper = inside & (difference <= threshold)
-        fit = torch.linalg.lstsq(terms[is_paper], colors[:, is_paper].T, driver="gelsd")
-        paper = (terms @ fit.solution).permute(2, 0, 1)
+        paper = terms @ torch.linalg.lstsq(terms[is_paper], colors[is_paper], driver="gelsd")[0]
     on_paper, on_ink = difference[is_paper], difference[inside & ~is_paper]
     # Ink must differ by 8 levels, and by 8 standard deviations of the paper or, as soft edges widen
     # both, by 2.3 times the sum of the paper's and the ink's. Blank pages reach 7 and 2.2.
@@ -984,37 +974,32 @@ def find_ink(colors: Tensor, inside: Tensor) -> Tensor:
 
 
 def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
-    """Return find_ink()'s ink of the digit alone, without edges, sheets and shadows around it."""
+    """Return the parts of the digit's ink (N, H, W), without edges, sheets and shadows."""
     ink = find_ink(colors, inside) if inside.sum() >= 64 else torch.zeros(inside.shape)
-    if not ink.any():
-        return ink
-    parts = split_parts(ink > 0)
+    parts = split_parts(ink)
+    if len(parts) == 0:
+        return parts
     lengths = torch.maximum(parts.any(dim=1).sum(dim=1), parts.any(dim=2).sum(dim=1))
-    longest = parts[lengths.argmax()]
+    longest = parts[lengths.argmax()] > 0
     # If the longest part, with its holes, fills its box, turned or not, is large and no 1, it is a
     # sheet or a frame: look inside. Else parts at the edge go; if little is left, look again.
-    filled = inside
-    for dim in (0, 1):  # from its first to its last pixel, in columns and in rows
-        count = longest.cumsum(dim=dim)
-        filled = filled & (count > 0) & (longest | (count < count.amax(dim=dim, keepdim=True)))
+    sides = [longest.rot90(turns).cumsum(dim=0).rot90(-turns) > 0 for turns in range(4)]
+    filled = inside & torch.stack(sides).all(dim=0)  # what has pixels of it on all four sides
     angles = torch.arange(32) * math.pi / 32
     across = longest.nonzero().float() @ torch.stack([angles.cos(), angles.sin()])
     boxes = (across.amax(dim=0) - across.amin(dim=0) + 1).view(2, 16)  # two sides, 90° apart
     short, long = boxes[:, boxes.prod(dim=0).argmin()].aminmax()
     encloses = filled.sum() > 0.88 * short * long and 2 * short > long > max(inside.shape) / 4
-    touches = (parts & near(~inside)).flatten(1).any(dim=1)
+    touches = (parts * near(~inside)).flatten(1).any(dim=1)
     if not encloses and (4 * lengths[~touches] >= lengths.max()).any():
-        return ink * parts[~touches].any(dim=0)
+        return parts[~touches]
     outside = ~filled if encloses else ~inside | parts[touches].any(dim=0)
     again = find_digit(colors, ~near(outside, 4))
     # Nothing, at the first look? A digit cut out tightly, a square 0, a blank sheet or a shadow.
     is_sheet = encloses and 2 * longest.sum() > filled.sum()
-    drawn = parts.any(dim=0)
-    low, high = drawn.nonzero().aminmax(dim=0)
-    fills = (high - low + 5 >= torch.tensor(drawn.shape)).all()  # but for 4 pixels
-    is_shadow = drawn[[0, -1]][:, [0, -1]].any() and not fills  # in a corner, not all across
-    is_digit = inside.all() and not (is_sheet or is_shadow or again.any())
-    return ink * drawn if is_digit else again
+    gaps = inside.shape - np.ptp(parts.nonzero()[:, 1:].numpy(), axis=0) - 1  # rows, columns left
+    is_shadow = parts[:, [0, -1]][..., [0, -1]].any() and gaps.max() > 4  # in a corner, not across
+    return again if again.any() or is_sheet or is_shadow or not inside.all() else parts
 
 
 def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
@@ -1030,19 +1015,18 @@ def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
     pixels = TF.pil_to_tensor(picture.convert("L"))[0]
     if picture.size == (28, 28) and pixels.median() < 32 <= pixels.max():
         return picture, pixels  # as MNIST has it already
-    ink = find_digit(TF.pil_to_tensor(picture).float(), torch.ones(pixels.shape, dtype=torch.bool))
-    if not ink.any():
+    parts = find_digit(torch.tensor(np.array(picture)).float(), torch.ones_like(pixels).bool())
+    if len(parts) == 0:
         raise UserError(f"{path} shows no ink")
-    low, high = ink.nonzero().aminmax(dim=0)
+    low, high = parts.nonzero()[:, 1:].aminmax(dim=0)
     shape = high - low + 1  # (2,): height, width
-    parts = split_parts(ink > 0)
     columns = parts[2 * parts.any(dim=2).sum(dim=1) > shape[0]].any(dim=1).float()  # of tall parts
     shared = columns @ columns.T  # how many columns any two have in common
     if (4 * shared < torch.minimum(shared.diag(), shared.diag()[:, None])).any():  # side by side
         raise UserError(f"{path} seems to show several figures: one digit per picture")
     size = (20 * shape / shape.max()).round().clamp(min=1).int()  # one of them 20
-    digit = TF.resized_crop(ink[None], *low.tolist(), *shape.tolist(), size.tolist())[0]
-    digit = (255 * digit / digit.max()).round().byte()
+    digit = TF.resized_crop(parts.sum(dim=0)[None], *low.tolist(), *shape.tolist(), size.tolist())
+    digit = (255 * digit[0] / digit.max()).round().byte()
     center = (digit > 127).nonzero().float().mean(dim=0)  # goes to the middle, 13.5
     corner = -(13.5 - center).round().clamp(min=0).minimum(28 - size)
     return picture, TF.crop(digit[None], *corner.int().tolist(), 28, 28)[0]  # crop() pads with 0
