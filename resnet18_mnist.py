@@ -9,7 +9,7 @@
     python resnet18_mnist.py predict digit.png  read a digit from a photo or a drawing
     python resnet18_mnist.py describe           each layer's shape, parameters and FLOPs
 
-Sections 1 to 5, which end at line 695, show how a ResNet is built and trained. Each section is a
+Sections 1 to 5, which end at line 694, show how a ResNet is built and trained. Each section is a
 notebook cell that needs only the ones above it:
 
     1  Network       the residual block, and five depths built from it
@@ -76,19 +76,17 @@ def make_shortcut(inplanes: int, outplanes: int, stride: int) -> nn.Module:
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions and a shortcut around them (He 2015a, fig. 5 left).
 
-    (N, inplanes, H, W) → (N, planes, ⌈H/stride⌉, ⌈W/stride⌉); planes are channels.
+    (N, inplanes, H, W) → (N, outplanes, ⌈H/stride⌉, ⌈W/stride⌉); planes are channels.
     """
 
-    expansion = 1  # output channels of the block, divided by planes
-
-    def __init__(self, inplanes: int, planes: int, stride: int = 1):
+    def __init__(self, inplanes: int, outplanes: int, stride: int = 1):
         super().__init__()
-        self.conv1 = conv3x3(inplanes, planes, stride)
-        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv1 = conv3x3(inplanes, outplanes, stride)
+        self.bn1 = nn.BatchNorm2d(outplanes)
         self.relu = nn.ReLU(inplace=True)
-        self.conv2 = conv3x3(planes, planes)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.downsample = make_shortcut(inplanes, planes, stride)  # torchvision's name for it
+        self.conv2 = conv3x3(outplanes, outplanes)
+        self.bn2 = nn.BatchNorm2d(outplanes)
+        self.downsample = make_shortcut(inplanes, outplanes, stride)  # torchvision's name for it
 
     def forward(self, x: Tensor) -> Tensor:
         """Return relu(F(x) + shortcut(x)); along the shortcut, gradients skip the convolutions."""
@@ -99,26 +97,25 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1×1 down to ``planes`` channels, 3×3 there, 1×1 up to four times as many (fig. 5 right).
+    """1×1 down to a quarter of ``outplanes``, 3×3 there, 1×1 up to all of them (fig. 5 right).
 
     On 256 channels it costs about as much as a BasicBlock on 64, which makes 50 layers and more
-    affordable. (N, inplanes, H, W) → (N, 4·planes, ⌈H/stride⌉, ⌈W/stride⌉).
+    affordable. (N, inplanes, H, W) → (N, outplanes, ⌈H/stride⌉, ⌈W/stride⌉).
     """
 
-    expansion = 4
-
-    def __init__(self, inplanes: int, planes: int, stride: int = 1):
+    def __init__(self, inplanes: int, outplanes: int, stride: int = 1):
         super().__init__()
+        planes = outplanes // 4
         self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
         # The stride is on the 3×3, which reads all pixels; in the paper it is on the first 1×1,
         # which then skips three of four (Goyal 2017, 5.1).
         self.conv2 = conv3x3(planes, planes, stride)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.conv3 = nn.Conv2d(planes, planes * self.expansion, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(planes * self.expansion)
+        self.conv3 = nn.Conv2d(planes, outplanes, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outplanes)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = make_shortcut(inplanes, planes * self.expansion, stride)
+        self.downsample = make_shortcut(inplanes, outplanes, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return relu(F(x) + shortcut(x))."""
@@ -131,11 +128,12 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """A stem (convolution and pool), four stages of blocks, a global mean, a linear classifier.
 
-    ``layers`` counts each stage's blocks, layer1 to layer4. The stem "imagenet" leaves a quarter of
-    each side, so the rest is cheap; "cifar" keeps all pixels, as for CIFAR-10 (He 2015a, 4.2).
+    ``layers`` counts the blocks of layer1 to layer4; ``width`` is the channels of layer1, which
+    double from stage to stage. The stem "imagenet" leaves a quarter of each side, so the rest is
+    cheap; "cifar" keeps all pixels, as for CIFAR-10 (He 2015a, 4.2).
     """
 
-    def __init__(self, block, layers: list[int], num_classes=10, input_channels=1, stem="imagenet"):
+    def __init__(self, block, layers, num_classes=10, input_channels=1, stem="imagenet", width=64):
         super().__init__()
         if stem == "imagenet":
             self.conv1 = nn.Conv2d(input_channels, 64, 7, stride=2, padding=3, bias=False)
@@ -147,20 +145,20 @@ class ResNet(nn.Module):
             raise ValueError(f"stem {stem!r} is neither 'imagenet' nor 'cifar'")
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = self._make_layer(block, 64, 64, layers[0])
-        self.layer2 = self._make_layer(block, 64 * block.expansion, 128, layers[1], stride=2)
-        self.layer3 = self._make_layer(block, 128 * block.expansion, 256, layers[2], stride=2)
-        self.layer4 = self._make_layer(block, 256 * block.expansion, 512, layers[3], stride=2)
+        self.layer1 = self._make_layer(block, 64, width, layers[0])
+        self.layer2 = self._make_layer(block, width, 2 * width, layers[1], stride=2)
+        self.layer3 = self._make_layer(block, 2 * width, 4 * width, layers[2], stride=2)
+        self.layer4 = self._make_layer(block, 4 * width, 8 * width, layers[3], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(512 * block.expansion, num_classes)
+        self.fc = nn.Linear(8 * width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 # A variance of 2/fan-out keeps the size of gradients through ReLUs (He 2015b).
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def _make_layer(self, block, inplanes: int, planes: int, blocks: int, stride=1) -> nn.Module:
-        first = block(inplanes, planes, stride)
-        others = [block(planes * block.expansion, planes) for _ in range(1, blocks)]
+    def _make_layer(self, block, inplanes: int, outplanes: int, blocks: int, stride=1) -> nn.Module:
+        first = block(inplanes, outplanes, stride)
+        others = [block(outplanes, outplanes) for _ in range(1, blocks)]
         return nn.Sequential(first, *others)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -199,17 +197,17 @@ def resnet34(**options: Any) -> ResNet:
 
 def resnet50(**options: Any) -> ResNet:
     """ResNet-50: 23.5 million parameters for 10 classes."""
-    return ResNet(Bottleneck, [3, 4, 6, 3], **options)
+    return ResNet(Bottleneck, [3, 4, 6, 3], width=256, **options)
 
 
 def resnet101(**options: Any) -> ResNet:
     """ResNet-101: 42.5 million parameters for 10 classes."""
-    return ResNet(Bottleneck, [3, 4, 23, 3], **options)
+    return ResNet(Bottleneck, [3, 4, 23, 3], width=256, **options)
 
 
 def resnet152(**options: Any) -> ResNet:
     """ResNet-152: 58.2 million parameters for 10 classes."""
-    return ResNet(Bottleneck, [3, 8, 36, 3], **options)
+    return ResNet(Bottleneck, [3, 8, 36, 3], width=256, **options)
 
 
 # %% 2. Recipe
@@ -345,9 +343,8 @@ def distort(images: Tensor, draws: Tensor, recipe: Recipe) -> Tensor:
     dx, dy = 2 * recipe.shift * draws[0, :, 1:].T  # affine_grid()'s sides go from -1 to 1
     sx, shear, sy = recipe.stretch * draws[1].T
     # theta maps each output position to the input position (x, y) that it reads.
-    x_row = torch.stack([angle.cos() + sx, shear - angle.sin(), dx], dim=1)
-    y_row = torch.stack([angle.sin(), angle.cos() + sy, dy], dim=1)
-    theta = torch.stack([x_row, y_row], dim=1)  # (N, 2, 3)
+    entries = [angle.cos() + sx, shear - angle.sin(), dx, angle.sin(), angle.cos() + sy, dy]
+    theta = torch.stack(entries, dim=1).view(-1, 2, 3)  # a row for x, a row for y
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
@@ -439,13 +436,12 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
             (torch.ones(1, device=device) + 1).item()
         return device
     backends = {"cuda": torch.cuda, "mps": torch.backends.mps, "xpu": torch.xpu}
-    for candidate, backend in backends.items():
-        if backend.is_available():
-            try:
-                return pick_device(candidate)
-            except UserError as error:
-                print(f"WARNING: {error}", file=sys.stderr)
-    return torch.device("cpu")
+    best = next((key for key, backend in backends.items() if backend.is_available()), "cpu")
+    try:
+        return pick_device(best)
+    except UserError as error:
+        print(f"WARNING: {error}", file=sys.stderr)
+        return torch.device("cpu")
 
 
 def pick_precision(name: str, device: torch.device) -> str:
@@ -477,9 +473,13 @@ def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, group
 
 # %% 5. Training
 #
-# ResNetTrainer repeats train_one_epoch() and evaluate(). The validation loss tells which weights to
-# keep, when plateau lowers the learning rate, and when to stop. A resumed run ends with the weights
-# of one never stopped, to the last bit (same CPU, as many threads and processes, at most two).
+# ResNetTrainer repeats train_one_epoch() and evaluate(). The loss on validation images (on test
+# images only if select_on says so) tells which epoch's weights to keep, when plateau lowers the
+# learning rate, and when to stop. After each epoch, best.pt holds the best weights, last.pt also
+# what training goes on from. As random numbers follow from seed and epoch, a resumed run ends with
+# the weights of an unbroken one, to the last bit: on the same CPU, with as many threads and
+# processes (if at most two: larger sums may round in another order). Processes share each batch,
+# and DDP averages their gradients.
 
 
 def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", accumulate=1):
@@ -627,33 +627,32 @@ class ResNetTrainer:
             with explaining("this cannot be resumed: it is not the last.pt of such a run"):
                 for name in ("model", "optimizer", "scheduler"):
                     getattr(self, name).load_state_dict(resume[f"last_{name}"])
-        # Each process trains on a share of every batch; its batch norms see only that share. DDP
-        # copies the first one's weights and averages all gradients, so that all stay in step.
+        # DDP copies the first process's weights and averages all gradients, so that all processes
+        # stay in step. The batch norms of each see only its share of a batch.
         model = nn.parallel.DistributedDataParallel(self.model) if WORLD_SIZE > 1 else self.model
         self._save()  # a run killed in epoch 1 can be resumed, too
         say("epoch  train loss       %   val loss       %        lr       s")
-        for epoch in range(len(self.history["epoch"]) + 1, recipe.epochs + 1):
-            if epoch > best_epoch(self.history) + recipe.patience:
-                say(f"stopped early: no lower loss for {recipe.patience} epochs")
-                break
-            self._run_epoch(epoch, model, train_loader, val_loader)
+        # nn.Conv2d calls F.conv2d(); during these epochs, fast_conv2d() takes its place.
+        with torch.random.fork_rng(devices=[]), mock.patch.object(F, "conv2d", fast_conv2d):
+            for epoch in range(len(self.history["epoch"]) + 1, recipe.epochs + 1):
+                if epoch > best_epoch(self.history) + recipe.patience:
+                    say(f"stopped early: no lower loss for {recipe.patience} epochs")
+                    break
+                self._run_epoch(epoch, model, train_loader, val_loader)
         self.model.eval().load_state_dict(self.best_weights)
         return self.history
 
     def _run_epoch(self, epoch: int, model, loader, val_loader) -> None:
         """Train ``model`` (self.model, or DDP around it) for an epoch; validate, save, print."""
         started = time.perf_counter()
-        recipe = self.recipe
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        # nn.Conv2d calls F.conv2d(); during this epoch, fast_conv2d() takes its place.
-        with torch.random.fork_rng(devices=[]), mock.patch.object(F, "conv2d", fast_conv2d):
-            # Every epoch has another seed, so a resumed run need not know what was drawn before.
-            torch.default_generator.manual_seed(recipe.seed * 1_000_003 + epoch)
-            train = train_one_epoch(
-                model, loader, self.optimizer, self.scheduler, self.precision, recipe.accumulate
-            )
-            # Every process validates on all images; DDP copies the first one's running means.
-            val = train if val_loader is None else evaluate(model, val_loader, self.precision)
+        # Every epoch has another seed, so a resumed run need not know what was drawn before.
+        torch.default_generator.manual_seed(self.recipe.seed * 1_000_003 + epoch)
+        train = train_one_epoch(
+            model, loader, self.optimizer, self.scheduler, self.precision, self.recipe.accumulate
+        )
+        # Every process validates on all images; DDP copies the first one's running statistics.
+        val = train if val_loader is None else evaluate(model, val_loader, self.precision)
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(val["loss"])
         row = {"epoch": epoch, "train_loss": train["loss"], "train_accuracy": train["accuracy"]}
