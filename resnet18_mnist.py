@@ -129,8 +129,8 @@ class ResNet(nn.Module):
     """A stem (convolution and pool), four stages of blocks, a global mean, a linear classifier.
 
     ``layers`` counts the blocks of layer1 to layer4; ``width`` is the channels of layer1, which
-    double from stage to stage. The stem "imagenet" leaves a quarter of each side, so the rest is
-    cheap; "cifar" keeps all pixels, as for CIFAR-10 (He 2015a, 4.2).
+    double from stage to stage. The stem "imagenet" shrinks 28×28 to 7×7, so the rest is cheap;
+    "cifar" shrinks nothing, as for CIFAR-10 (He 2015a, 4.2).
     """
 
     def __init__(self, block, layers, num_classes=10, input_channels=1, stem="imagenet", width=64):
@@ -220,7 +220,7 @@ class UserError(Exception):
 
 
 def setting(default: Any, help: str, low: float = 0, group: str = "") -> Any:
-    """Return a field of Recipe; its help may begin a ``group``, its number be at least ``low``."""
+    """Return a field of Recipe: its help, its lowest number, the heading it opens in --help."""
     return field(default=default, metadata={"help": help, "low": low, "group": group})
 
 
@@ -229,7 +229,7 @@ class Recipe:
     """All settings of a run. Raises UserError for a value of the wrong type or out of range."""
 
     model: str = setting("resnet18", "network", group="network")
-    input: str = setting("gray28", "channels, and pixels per side")
+    input: str = setting("gray28", "gray28: 1x28x28 pixels; rgb32: 3x32x32")
     stem: str = setting("auto", "imagenet (7x7, pool), cifar (3x3); auto: what suits the input")
     plain: bool = setting(False, "the same layers without shortcuts, to see what these do")
     weights: str = setting("", "weights to start from: imagenet, or a file")
@@ -237,7 +237,7 @@ class Recipe:
     dataset: str = setting("mnist", "data set (synthetic if MNIST is missing)", group="data")
     normalize: str = setting("mnist", "data set whose mean and deviation normalize the pixels")
     val_size: int = setting(0, "training images held out for validation; 0: a twelfth")
-    select_on: str = setting("val", "val; test: hold out none, choose on test images (optimistic)")
+    select_on: str = setting("val", "val; test: hold out none, select on test images (optimistic)")
     limit: int = setting(0, "number of training images; 0: all of them")
     rotate: float = setting(6.0, "augmentation: maximum rotation, in degrees")
     shift: float = setting(0.05, "augmentation: maximum shift, as a fraction of the side")
@@ -252,8 +252,8 @@ class Recipe:
     weight_decay: float = setting(5e-4, "weight decay of all parameters")
     scheduler: str = setting("plateau", "what lowers the learning rate")
     lr_factor: float = setting(0.1, "plateau, step: factor that lowers the learning rate")
-    lr_patience: int = setting(2, "plateau: tolerated epochs without a drop of the validation loss")
-    # Late epochs mostly bring tiny gains; these alone should not keep the rate high.
+    lr_patience: int = setting(2, "plateau: epochs to wait for a drop of the validation loss")
+    # Lower drops count as none; else the tiny gains of late epochs would keep the rate high.
     lr_threshold: float = setting(0.2, "plateau: smallest relative drop that counts as one")
     lr_step: int = setting(5, "step: epochs from one step to the next", low=1)
     patience: int = setting(5, "end after so many epochs without any lower validation loss", low=1)
@@ -291,7 +291,7 @@ def look_up(table: dict[str, Any], name: str, what: str) -> Any:
 
 # %% 3. Data
 #
-# MNIST takes only 55 MB, so all stays in memory as uint8; what is trained on moves to the device.
+# MNIST takes only 55 MB, so all stays in memory as uint8; train() moves its images to the device.
 # A batch is picked by index, then converted to float, augmented and normalized as a whole.
 
 # Channels, pixels per side, and the stem that "auto" means. gray28 takes a 17th of rgb32's FLOPs.
@@ -350,7 +350,7 @@ def distort(images: Tensor, draws: Tensor, recipe: Recipe) -> Tensor:
 
 
 # torchrun starts a program several times at once, usually once per GPU, and numbers the processes.
-# Each trains on a share of every batch; the first one prints and writes.
+# Each trains on a share of every batch; the first one prints, and writes the run's files.
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -374,7 +374,7 @@ class TensorLoader:
 
     def __len__(self) -> int:
         # In training, the - 1 drops a last batch of one image, too few for batch norm.
-        n = len(self.labels) // WORLD_SIZE - 1 if self.train else len(self.labels)
+        n = (len(self.labels) // WORLD_SIZE - 1) if self.train else len(self.labels)
         return math.ceil(n / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -382,7 +382,7 @@ class TensorLoader:
         channels, size, _ = look_up(INPUTS, self.recipe.input, "input")
         mean, std = look_up(STATISTICS, self.recipe.normalize, "normalize")
         order = torch.arange(n)
-        if self.train:  # drawn on the CPU, whatever the device; the trainer seeds its generator
+        if self.train:  # drawn on the CPU, whatever the device; _run_epoch() seeds it each epoch
             # All processes draw the same order. Each takes every WORLD_SIZEth index, equally many.
             order = torch.randperm(n)[RANK::WORLD_SIZE][: n // WORLD_SIZE]
             draws = 2 * torch.rand(2, n, 3).to(self.images.device) - 1
@@ -457,7 +457,7 @@ def pick_precision(name: str, device: torch.device) -> str:
 def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
     """Do what F.conv2d() does, faster for a 3×3 convolution whose output is a single position.
 
-    In training it takes the place of F.conv2d(). Only speed and rounding change, so skip it at a
+    train() puts it in the place of F.conv2d(). Only speed and rounding change, so skip it at a
     first reading. On a 1×1 map, or a 2×2 map with stride 2, most of the nine weights meet padding
     only. The others make a matrix product, which halves the time (gray28, ResNet-18, CPU, float32).
     """
@@ -475,18 +475,18 @@ def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, group
 #
 # ResNetTrainer repeats train_one_epoch() and evaluate(). The loss on validation images (on test
 # images only if select_on says so) tells which epoch's weights to keep, when plateau lowers the
-# learning rate, and when to stop. After each epoch, best.pt holds the best weights, last.pt also
-# what training goes on from. As random numbers follow from seed and epoch, a resumed run ends with
-# the weights of an unbroken one, to the last bit: on the same CPU, with as many threads and
-# processes (if at most two: larger sums may round in another order). Processes share each batch,
-# and DDP averages their gradients.
+# learning rate, and when to stop. After each epoch, best.pt holds the best weights; last.pt holds
+# these and the state to go on from. Each epoch seeds its random numbers from seed and epoch, so a
+# resumed run ends with the very bits of an unbroken one: on the same CPU, with as many threads and
+# processes (one or two; sums of three may round differently). Processes share each batch, and
+# DistributedDataParallel (DDP) averages their gradients.
 
 
 def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", accumulate=1):
     """Go through the loader once; return a dict with loss (mean, nats) and accuracy (%).
 
     Both are measured while the model learns, before each update. ``scheduler`` steps after every
-    update; plateau's in the caller, by the validation loss. UserError if the loss is not finite.
+    update; the caller steps plateau, by validation loss. UserError if the loss is not finite.
     """
     model.train()
     for layer in model.modules():  # a frozen batch norm keeps its statistics as well
@@ -503,7 +503,7 @@ def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", 
         with context:
             logits = model(images)  # (N, 10)
             loss = F.cross_entropy(logits, labels)
-        # The gradients of ``accumulate`` batches add up to their mean, those of a last few to less.
+        # Gradients of ``accumulate`` batches add up to their mean; a short last group weighs less.
         (loss / accumulate).backward()
         if step % accumulate == 0 or step == len(loader):
             optimizer.step()
@@ -632,7 +632,7 @@ class ResNetTrainer:
         model = nn.parallel.DistributedDataParallel(self.model) if WORLD_SIZE > 1 else self.model
         self._save()  # a run killed in epoch 1 can be resumed, too
         say("epoch  train loss       %   val loss       %        lr       s")
-        # nn.Conv2d calls F.conv2d(); during these epochs, fast_conv2d() takes its place.
+        # The caller keeps its random state; fast_conv2d() replaces F.conv2d(), which layers call.
         with torch.random.fork_rng(devices=[]), mock.patch.object(F, "conv2d", fast_conv2d):
             for epoch in range(len(self.history["epoch"]) + 1, recipe.epochs + 1):
                 if epoch > best_epoch(self.history) + recipe.patience:
@@ -676,7 +676,7 @@ class ResNetTrainer:
         if self.best_weights:
             with atomic_write(self.run_dir / "best.pt") as file:
                 torch.save(state, file)
-        for name in ("model", "optimizer", "scheduler"):  # the present ones, for last.pt only
+        for name in ("model", "optimizer", "scheduler"):  # the current ones, for last.pt only
             state[f"last_{name}"] = getattr(self, name).state_dict()
         with atomic_write(self.run_dir / "history.csv") as temp, open(temp, "w", newline="") as out:
             rows = zip(*self.history.values(), strict=True)
