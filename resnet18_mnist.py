@@ -89,7 +89,7 @@ class BasicBlock(nn.Module):
         self.downsample = make_shortcut(inplanes, outplanes, stride)  # torchvision's name for it
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return relu(F(x) + shortcut(x)); along the shortcut, gradients skip the convolutions."""
+        """Return relu(F(x) + shortcut(x)); along the shortcut, gradients skip these layers."""
         residual = self.relu(self.bn1(self.conv1(x)))
         residual = self.bn2(self.conv2(residual))
         # The last ReLU comes after the sum: if it came before, the residual could only add.
@@ -128,12 +128,12 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """A stem (convolution and pool), four stages of blocks, a global mean, a linear classifier.
 
-    ``layers`` counts the blocks of layer1 to layer4; ``width`` is the channels of layer1, which
-    double from stage to stage. The stem "imagenet" shrinks 28×28 to 7×7, so the rest is cheap;
-    "cifar" shrinks nothing, as for CIFAR-10 (He 2015a, 4.2).
+    ``layers`` counts the blocks of layer1 to layer4; ``width`` is the channels that layer1 gives
+    out, which double from stage to stage. The stem "imagenet" shrinks 28×28 to 7×7, so the rest is
+    cheap; "cifar" shrinks nothing, as for CIFAR-10 (He 2015a, 4.2).
     """
 
-    def __init__(self, block, layers, num_classes=10, input_channels=1, stem="imagenet", width=64):
+    def __init__(self, block, layers, num_classes=10, input_channels=1, stem="imagenet", *, width):
         super().__init__()
         if stem == "imagenet":
             self.conv1 = nn.Conv2d(input_channels, 64, 7, stride=2, padding=3, bias=False)
@@ -187,12 +187,12 @@ class ResNet(nn.Module):
 # Blocks per stage: He 2015a, table 1. The options are ResNet's: num_classes, input_channels, stem.
 def resnet18(**options: Any) -> ResNet:
     """ResNet-18: 11.2 million parameters for 10 classes."""
-    return ResNet(BasicBlock, [2, 2, 2, 2], **options)
+    return ResNet(BasicBlock, [2, 2, 2, 2], width=64, **options)
 
 
 def resnet34(**options: Any) -> ResNet:
     """ResNet-34: 21.3 million parameters for 10 classes."""
-    return ResNet(BasicBlock, [3, 4, 6, 3], **options)
+    return ResNet(BasicBlock, [3, 4, 6, 3], width=64, **options)
 
 
 def resnet50(**options: Any) -> ResNet:
@@ -234,7 +234,7 @@ class Recipe:
     plain: bool = setting(False, "the same layers without shortcuts, to see what these do")
     weights: str = setting("", "weights to start from: imagenet, or a file")
     freeze: str = setting("", "parts that keep their weights, as in conv1,bn1,layer1")
-    dataset: str = setting("mnist", "data set (synthetic if MNIST is missing)", group="data")
+    dataset: str = setting("mnist", "data set (unset: synthetic if MNIST is missing)", group="data")
     normalize: str = setting("mnist", "data set whose mean and deviation normalize the pixels")
     val_size: int = setting(0, "training images held out for validation; 0: a twelfth")
     select_on: str = setting("val", "val; test: hold out none, select on test images (optimistic)")
@@ -279,7 +279,7 @@ def explaining(message: str) -> Iterator[None]:
         yield
     except Exception as error:
         words = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{message}: {words[:200]}") from error
+        raise UserError(f"{message}: {words[:300]}") from error
 
 
 def look_up(table: dict[str, Any], name: str, what: str) -> Any:
@@ -370,7 +370,7 @@ class TensorLoader:
     def __init__(self, images: Tensor, labels: Tensor, recipe: Recipe, train: bool = False):
         self.images, self.labels = images[:, None], labels
         self.recipe, self.train = recipe, train
-        self.batch_size = max(2, recipe.batch_size // WORLD_SIZE)  # per process; batch norm needs 2
+        self.batch_size = max(2, recipe.batch_size // WORLD_SIZE) if train else 250  # per process
 
     def __len__(self) -> int:
         # In training, the - 1 drops a last batch of one image, too few for batch norm.
@@ -514,8 +514,8 @@ def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", 
         correct = (logits.argmax(dim=1) == labels).sum()
         totals += torch.stack([loss.detach() * len(labels), correct])
         seen += len(labels)
-        # item() waits for the device, so the loop calls it only every tenth batch.
-        if step % 10 == 0 or step == len(loader):
+        # item() waits for a GPU, so there the loop calls it only every tenth batch.
+        if device.type == "cpu" or step % 10 == 0 or step == len(loader):
             mean_loss = totals[0].item() / seen
             if not math.isfinite(mean_loss):
                 raise UserError(f"the loss became {mean_loss} by batch {step}: try a lower --lr")
@@ -795,7 +795,7 @@ def plot_digits(images: Tensor, results: dict, chosen: Sequence, title: str = ""
 
 def plot_feature_maps(model: ResNet, image: Tensor, title: str = "") -> Figure:
     """Draw an image (1, C, S, S) and the first channels of each part's output."""
-    maps = {"input": image, **model.eval().get_feature_maps(image.to(model.fc.weight.device))}
+    maps = {"input": image, **model.eval().get_feature_maps(image.to(model.conv1.weight.device))}
     figure, axes = new_figure(6, 10, 10, 7.5, title, **BARE)  # none for the last, a vector
     for row, (name, features) in zip(axes, maps.items(), strict=False):
         channels = features[0].float().numpy(force=True)
@@ -825,7 +825,7 @@ def visualize_results(model, loader, results: dict, history: dict, run_dir, titl
 def report_run(trainer: ResNetTrainer, data: MNISTDataLoader) -> None:
     """Test the trainer's network; print a report, and save it with pictures in run_dir, if set."""
     recipe, history = trainer.recipe, trainer.history
-    loader = data.test or data.val  # it is empty for Kaggle, which publishes no test labels
+    loader = data.test or data.val  # Kaggle publishes no test labels: .test is empty
     tested = "test" if loader is data.test else "validation"
     results = trainer.test(loader)
     epoch = best_epoch(history)
@@ -1128,7 +1128,7 @@ def load_checkpoint(run: str | Path | None, name: str) -> tuple[Path, dict[str, 
 
 
 def load_trainer(run: str | None, device: str | None) -> tuple[Path, ResNetTrainer]:
-    """Return the path of a run's best.pt, and a trainer with its recipe, network and history."""
+    """Return a checkpoint's path (a run's best.pt), a trainer with its network and history."""
     path, checkpoint = load_checkpoint(run, "best.pt")
     trainer = ResNetTrainer(build_model(checkpoint["recipe"]), device, checkpoint["recipe"])
     with explaining(f"{path} does not fit {trainer.recipe.model}"):
@@ -1200,7 +1200,7 @@ def command_train(args: argparse.Namespace) -> None:
             distributed.init_process_group("nccl" if trainer.device.type == "cuda" else "gloo")
         trainer.train(data.train, data.val, resume=checkpoint)
         report_run(trainer, data)
-    except BaseException as error:
+    except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt) and run_dir and (run_dir / "last.pt").exists():
             flags = f'--resume "{run_dir}" --data-dir "{args.data_dir}" --device {trainer.device}'
             print(f'stopped; this goes on:  python "{sys.argv[0]}" {flags}', file=sys.stderr)
