@@ -921,31 +921,9 @@ def read_kaggle(data_dir, name="train.csv", labelled=True) -> tuple[Tensor, Tens
 READERS |= {"synthetic": draw_synthetic_digits, "kaggle": read_kaggle}
 
 
-def mnist_or_synthetic(data_dir: str | Path) -> str:
-    """Return "mnist" or, if none of its files is there, "synthetic". UserError if they are bad."""
-    try:
-        read_mnist(data_dir)
-        return "mnist"
-    except UserError as error:
-        found = [*Path(data_dir).glob("*-ubyte*"), *Path(data_dir, "MNIST").rglob("*-ubyte*")]
-        if found:
-            raise UserError(f"{error}; found: {found[0]}") from error
-        print(f"WARNING: {error}.\nGoing on with SYNTHETIC digits.", file=sys.stderr)
-        return "synthetic"
-
-
 def near(mask: Tensor, reach: int = 2) -> Tensor:
     """Return the pixels within reach of a mask (H, W) or of the picture's border."""
     return F.max_pool2d(F.pad(mask[None].float(), [reach] * 4, value=1), 2 * reach + 1, 1)[0] > 0
-
-
-def split_parts(ink: Tensor) -> Tensor:
-    """Return the ink (H, W) of each connected part as (N, H, W): largest first, no specks."""
-    numbers = torch.arange(1.0, ink.numel() + 1).view(1, *ink.shape) * (ink > 0)
-    while not torch.equal(numbers, spread := F.max_pool2d(numbers, 3, 1, padding=1) * (ink > 0)):
-        numbers = spread  # in each part the largest number spreads
-    sizes, present = numbers[numbers > 0].long().bincount().sort(descending=True)
-    return ink * (numbers == present[20 * sizes >= sizes[:1]][:, None, None])
 
 
 def find_ink(colors: Tensor, inside: Tensor) -> Tensor:
@@ -975,7 +953,11 @@ def find_ink(colors: Tensor, inside: Tensor) -> Tensor:
 def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
     """Return the parts of the digit's ink (N, H, W), without edges, sheets and shadows."""
     ink = find_ink(colors, inside) if inside.sum() >= 64 else torch.zeros(inside.shape)
-    parts = split_parts(ink)
+    numbers = torch.arange(1.0, ink.numel() + 1).view(1, *ink.shape) * (ink > 0)
+    while not torch.equal(numbers, spread := F.max_pool2d(numbers, 3, 1, padding=1) * (ink > 0)):
+        numbers = spread  # in each connected part, the largest number spreads
+    sizes, present = numbers[numbers > 0].long().bincount().sort(descending=True)
+    parts = ink * (numbers == present[20 * sizes >= sizes[:1]][:, None, None])  # without specks
     if len(parts) == 0:
         return parts
     lengths = torch.maximum(parts.any(dim=1).sum(dim=1), parts.any(dim=2).sum(dim=1))
@@ -1161,6 +1143,19 @@ RECIPES = {
     "best":      Recipe(stem="cifar", rotate=10, shift=0.08, stretch=0.1, epochs=12, batch_size=256,
                         optimizer="nesterov", lr=0.1, scheduler="onecycle", patience=99),
 }  # fmt: skip
+
+
+def mnist_or_synthetic(data_dir: str | Path) -> str:
+    """Return "mnist" or, if none of its files is there, "synthetic". UserError if they are bad."""
+    try:
+        read_mnist(data_dir)
+        return "mnist"
+    except UserError as error:
+        found = [*Path(data_dir).glob("*-ubyte*"), *Path(data_dir, "MNIST").rglob("*-ubyte*")]
+        if found:
+            raise UserError(f"{error}; found: {found[0]}") from error
+        print(f"WARNING: {error}.\nGoing on with SYNTHETIC digits.", file=sys.stderr)
+        return "synthetic"
 
 
 def command_train(args: argparse.Namespace) -> None:
