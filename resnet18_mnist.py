@@ -898,7 +898,7 @@ def draw_synthetic_digits(data_dir=None, train_size: int = 6000, test_size: int 
     for number, digit in enumerate(labels.tolist()):
         canvas = Image.new("L", (56, 56))  # twice the size: shrinking smooths the edges
         place = rng.uniform(22, 34, size=2).tolist()
-        font = ImageFont.truetype(rng.choice(paths), rng.randint(32, 51))
+        font = ImageFont.truetype(paths[rng.randint(len(paths))], rng.randint(32, 51))
         ImageDraw.Draw(canvas).text(place, str(digit), 255, font, "mm", stroke_width=rng.randint(3))
         canvas = canvas.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR)
         images[number] = TF.pil_to_tensor(canvas.reduce(2))
