@@ -9,8 +9,7 @@
     python resnet18_mnist.py predict digit.png  read a digit from a photo or a drawing
     python resnet18_mnist.py describe           each layer's shape, parameters and FLOPs
 
-Sections 1 to 5, which end at line 694, show how a ResNet is built and trained. Each section is a
-notebook cell that needs only the ones above it:
+Sections 1 to 5, which end at line 694, show a ResNet and its training. Each is a notebook cell:
 
     1  Network       the residual block, and five depths built from it
     2  Recipe        every setting of a run, with its default
@@ -24,13 +23,17 @@ notebook cell that needs only the ones above it:
 
 Sources: He 2015a, Deep Residual Learning for Image Recognition, arXiv:1512.03385. He 2015b, Delving
 Deep into Rectifiers, arXiv:1502.01852. Ioffe 2015, Batch Normalization, arXiv:1502.03167. Goyal
-2017, Accurate, Large Minibatch SGD, arXiv:1706.02677. Otsu 1979, A Threshold Selection Method from
-Gray-Level Histograms. LeCun 1998, Gradient-Based Learning Applied to Document Recognition.
+2017, Large Minibatch SGD, arXiv:1706.02677. Otsu 1979, A Threshold Selection Method. LeCun 1998,
+Gradient-Based Learning for Document Recognition.
 """
 
+import argparse
 import csv
+import ctypes
+import glob
 import math
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -41,8 +44,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import matplotlib
+import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, distributed, nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 from torch.optim.lr_scheduler import ConstantLR, OneCycleLR, ReduceLROnPlateau, StepLR
@@ -54,8 +61,7 @@ from torchvision.transforms.v2 import functional as TF
 # In a plain network, a few layers learn a mapping H(x). In a residual network, they learn only its
 # difference from their input, F(x) = H(x) - x, and x is added back: y = F(x) + x (He 2015a, eq. 1).
 # Where H is nearly the identity, small weights are enough. So more layers do not harm training as
-# they do in plain networks (fig. 1). State dicts have the names and the order of torchvision's, so
-# that weights are interchangeable.
+# they do in plain networks (fig. 1). State dicts are interchangeable with torchvision's.
 
 
 def conv3x3(inplanes: int, outplanes: int, stride: int = 1) -> nn.Conv2d:
@@ -108,8 +114,7 @@ class Bottleneck(nn.Module):
         planes = outplanes // 4
         self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
-        # The stride is on the 3×3, which reads all pixels; in the paper it is on the first 1×1,
-        # which then skips three of four (Goyal 2017, 5.1).
+        # The stride is here: on the first 1×1, as in the paper, it skips pixels (Goyal 2017, 5.1).
         self.conv2 = conv3x3(planes, planes, stride)
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv3 = nn.Conv2d(planes, outplanes, 1, bias=False)
@@ -463,8 +468,7 @@ def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, group
     """
     is_conv3x3 = weight.shape[2:] == (3, 3) and padding == dilation == (1, 1) and groups == 1
     height, width = input.shape[-2:]
-    has_one_output = stride in ((1, 1), (2, 2)) and max(height, width) <= stride[0]
-    if not (is_conv3x3 and has_one_output):
+    if not (is_conv3x3 and stride in ((1, 1), (2, 2)) and max(height, width) <= stride[0]):
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
     # With padding 1, a kernel's center meets the first pixel, the weights after it the rest.
     used = weight[:, :, 1 : 1 + height, 1 : 1 + width]
@@ -473,13 +477,12 @@ def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, group
 
 # %% 5. Training
 #
-# ResNetTrainer repeats train_one_epoch() and evaluate(). The loss on validation images (on test
-# images only if select_on says so) tells which epoch's weights to keep, when plateau lowers the
-# learning rate, and when to stop. After each epoch, best.pt holds the best weights; last.pt holds
-# these and the state to go on from. Each epoch seeds its random numbers from seed and epoch, so a
-# resumed run ends with the very bits of an unbroken one: on the same CPU, with as many threads and
-# processes (one or two; sums of three may round differently). Processes share each batch, and
-# DistributedDataParallel (DDP) averages their gradients.
+# The loss on validation images (on test images only if select_on says so) tells which epoch's
+# weights to keep, when plateau lowers the learning rate, and when to stop. After each epoch,
+# best.pt holds the best weights; last.pt holds these and the state to go on from. Each epoch seeds
+# its random numbers from seed and epoch, so a resumed run ends with the very bits of an unbroken
+# one: on the same CPU, with as many threads and processes (one or two; three may sum differently).
+# Processes share each batch, and DistributedDataParallel (DDP) averages their gradients.
 
 
 def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", accumulate=1):
@@ -489,9 +492,6 @@ def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", 
     update; the caller steps plateau, by validation loss. UserError if the loss is not finite.
     """
     model.train()
-    for layer in model.modules():  # a frozen batch norm keeps its statistics as well
-        if isinstance(layer, nn.BatchNorm2d) and layer.affine and not layer.weight.requires_grad:
-            layer.eval()
     device = next(model.parameters()).device
     # Under autocast, layers compute in bfloat16, while weights stay float32.
     context = nullcontext() if precision == "fp32" else torch.autocast(device.type, torch.bfloat16)
@@ -698,8 +698,6 @@ def train_model(model: nn.Module, train_loader, val_loader=None, device=None, **
 #
 # Each plot_…() function returns a matplotlib figure; after %matplotlib inline, a notebook shows it.
 
-from matplotlib.figure import Figure
-
 BLUE, VERMILION = "#0072B2", "#D55E00"  # which color-blind eyes can tell apart (Okabe and Ito)
 BARE = {"xticks": [], "yticks": [], "frame_on": False}  # the look of axes that show an image
 
@@ -883,10 +881,6 @@ def visualize_model_architecture(model: nn.Module, image_size: int = 28) -> None
 #
 # Digits from elsewhere, in MNIST's form: uint8, 28×28, light ink on dark ground.
 
-import matplotlib
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-
 
 def draw_synthetic_digits(data_dir=None, train_size: int = 6000, test_size: int = 1000) -> tuple:
     """Draw digits, the same each time; return them as read_mnist() does. No data_dir is read."""
@@ -896,12 +890,11 @@ def draw_synthetic_digits(data_dir=None, train_size: int = 6000, test_size: int 
     labels = torch.arange(train_size + test_size) % 10
     images = torch.zeros(len(labels), 28, 28, dtype=torch.uint8)
     for number, digit in enumerate(labels.tolist()):
-        canvas = Image.new("L", (56, 56))  # twice the size: shrinking smooths the edges
-        place = rng.uniform(22, 34, size=2).tolist()
+        big = Image.new("L", (56, 56))  # twice the size: shrinking smooths the edges
         font = ImageFont.truetype(paths[rng.randint(len(paths))], rng.randint(32, 51))
-        ImageDraw.Draw(canvas).text(place, str(digit), 255, font, "mm", stroke_width=rng.randint(3))
-        canvas = canvas.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR)
-        images[number] = TF.pil_to_tensor(canvas.reduce(2))
+        ImageDraw.Draw(big).text((28, 28), str(digit), 255, font, "mm", stroke_width=rng.randint(3))
+        big = big.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR)
+        images[number] = TF.pil_to_tensor(big.reduce(2))
     return images[:train_size], labels[:train_size], images[train_size:], labels[train_size:]
 
 
@@ -1033,8 +1026,6 @@ def plot_readings(read: dict[str, tuple], probabilities: Tensor) -> Figure:
 #
 # What a ResNet is compared with, and weights: those to start from, and those of a run.
 
-RUNS = Path("runs")
-
 
 def lenet5(num_classes: int = 10, input_channels: int = 1, stem=None) -> nn.Sequential:
     """LeNet-5 (LeCun 1998, II.B): (N, C, H, W) → (N, num_classes); ``stem`` is not used."""
@@ -1049,6 +1040,7 @@ def lenet5(num_classes: int = 10, input_channels: int = 1, stem=None) -> nn.Sequ
 
 
 NETWORKS = {f.__name__: f for f in (resnet18, resnet34, resnet50, resnet101, resnet152, lenet5)}
+RUNS = Path("runs")
 
 
 def build_model(recipe: Recipe) -> nn.Module:
@@ -1071,8 +1063,7 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
     """Load onto the CPU what torch.save() wrote; run no code in it. Raises UserError, OSError."""
     with open(path, "rb") as file, suppress(Exception):
         return dict(torch.load(file, map_location="cpu", weights_only=True))
-    what = "is damaged, or holds Python objects, which are not run: save a state_dict()"
-    raise UserError(f"{path} {what}")
+    raise UserError(f"{path} is damaged or holds objects, which are not run: save a state_dict()")
 
 
 def load_weights(model: nn.Module, recipe: Recipe) -> None:
@@ -1085,11 +1076,9 @@ def load_weights(model: nn.Module, recipe: Recipe) -> None:
         else:
             state = read_tensors(recipe.weights)
             state = state.get("model", state.get("state_dict", state))  # where checkpoints have it
-        channels = target[first].shape[1]
-        if first in state and state[first].shape[1] != channels:
+        if first in state and target[first].shape[1] == 1:
             # A gray image then gets the same answer as its RGB copy.
-            total = state[first].sum(dim=1, keepdim=True)
-            state[first] = total.expand(-1, channels, -1, -1) / channels
+            state[first] = state[first].sum(dim=1, keepdim=True)
         fits = {n: w for n, w in state.items() if n in target and w.shape == target[n].shape}
         if not fits:
             raise ValueError(f"it has {list(state)[:2]} ..., not {list(target)[:2]} ...")
@@ -1120,11 +1109,6 @@ def load_trainer(run: str | None, device: str | None) -> tuple[Path, ResNetTrain
 
 
 # %% 9. Command line
-
-import argparse
-import ctypes
-import glob
-import shutil
 
 # Common ways to train a ResNet on MNIST. A patience of 99 switches early stopping off.
 RECIPES = {
@@ -1219,7 +1203,7 @@ def command_predict(args: argparse.Namespace) -> int:
     names = []
     for name in args.images:
         if Path(name).is_dir():  # meaning the images in it
-            files = sorted(map(str, Path(name).iterdir()))
+            files = sorted(glob.glob(glob.escape(name) + "/*"))
             names += filter(datasets.folder.is_image_file, files)
         else:  # a file, or a wildcard that the shell did not expand
             names += sorted(glob.glob(name)) or [name]
@@ -1259,33 +1243,29 @@ def command_describe(args: argparse.Namespace) -> None:
 COMMANDS = {"train": command_train, "evaluate": command_evaluate}
 COMMANDS |= {"predict": command_predict, "describe": command_describe}
 
-# The settings whose values are a table's keys.
-TABLES = {"input": INPUTS, "dataset": READERS, "normalize": STATISTICS}
-TABLES |= {"model": NETWORKS, "optimizer": OPTIMIZERS, "scheduler": SCHEDULERS}
-
 
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next step; else a step takes up to an eighth longer."""
     with suppress(AttributeError, OSError, TypeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give memory back
-        mallopt(-4, 0)  # M_MMAP_MAX: no separate mappings, which go back when freed
+        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give memory back
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no mappings, which go back when freed
 
 
 def main(arguments=()) -> int:
     """Run a command, such as ["evaluate"]; return the exit code."""
     arguments = list(arguments)
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
-    lines = [f"resnet18_mnist.py {name:10}{run.__doc__}" for name, run in COMMANDS.items()]
-    usage = "\n       ".join(lines)
+    usage = "\n       ".join(f"resnet18_mnist.py {n:10}{f.__doc__}" for n, f in COMMANDS.items())
     parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False, exit_on_error=False)
     add = parser.add_argument
     settings = {"train": fields(Recipe), "describe": fields(Recipe)[:4]}  # model to plain
+    tables = {"input": INPUTS, "dataset": READERS, "normalize": STATISTICS}
+    tables |= {"model": NETWORKS, "optimizer": OPTIMIZERS, "scheduler": SCHEDULERS}
     for entry in settings.get(command, ()):
         if entry.metadata["group"]:  # this flag and all later ones go into this group
             add = parser.add_argument_group(entry.metadata["group"]).add_argument
         help = entry.metadata["help"]
-        how = {"type": type(entry.default), "choices": TABLES.get(entry.name)}
+        how = {"type": type(entry.default), "choices": tables.get(entry.name)}
         if entry.default is False:
             how = {"action": "store_true"}
         elif entry.default != "":
