@@ -9,7 +9,7 @@
     python resnet18_mnist.py predict digit.png  read a digit from a photo or a drawing
     python resnet18_mnist.py describe           each layer's shape, parameters and FLOPs
 
-Sections 1 to 5, which end at line 694, show a ResNet and its training. Each is a notebook cell:
+Sections 1 to 5, which end at line 694, show a ResNet and its training. All nine are notebook cells:
 
     1  Network       the residual block, and five depths built from it
     2  Recipe        every setting of a run, with its default
@@ -114,7 +114,7 @@ class Bottleneck(nn.Module):
         planes = outplanes // 4
         self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
-        # The stride is here: on the first 1×1, as in the paper, it skips pixels (Goyal 2017, 5.1).
+        # The paper has the stride on the 1×1 above, where it skips pixels (Goyal 2017, 5.1).
         self.conv2 = conv3x3(planes, planes, stride)
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv3 = nn.Conv2d(planes, outplanes, 1, bias=False)
@@ -133,9 +133,9 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """A stem (convolution and pool), four stages of blocks, a global mean, a linear classifier.
 
-    ``layers`` counts the blocks of layer1 to layer4; ``width`` is the channels that layer1 gives
-    out, which double from stage to stage. The stem "imagenet" shrinks 28×28 to 7×7, so the rest is
-    cheap; "cifar" shrinks nothing, as for CIFAR-10 (He 2015a, 4.2).
+    ``layers`` counts the blocks of layer1 to layer4; ``width`` is the number of channels that
+    layer1 gives out, and it doubles from stage to stage. The stem "imagenet" shrinks 28×28 to 7×7,
+    so the rest is cheap; "cifar" shrinks nothing, as for CIFAR-10 (He 2015a, 4.2).
     """
 
     def __init__(self, block, layers, num_classes=10, input_channels=1, stem="imagenet", *, width):
@@ -225,7 +225,7 @@ class UserError(Exception):
 
 
 def setting(default: Any, help: str, low: float = 0, group: str = "") -> Any:
-    """Return a field of Recipe: its help, its lowest number, the heading it opens in --help."""
+    """Return a field of Recipe: its help, its lowest allowed value, a heading for --help."""
     return field(default=default, metadata={"help": help, "low": low, "group": group})
 
 
@@ -247,7 +247,7 @@ class Recipe:
     rotate: float = setting(6.0, "augmentation: maximum rotation, in degrees")
     shift: float = setting(0.05, "augmentation: maximum shift, as a fraction of the side")
     stretch: float = setting(0.06, "augmentation: maximum stretch and shear, as a fraction")
-    # The defaults of training are chosen for ten epochs of ResNet-18.
+    # These defaults were chosen for ten epochs of ResNet-18.
     epochs: int = setting(10, "maximum number of passes over the data", low=1, group="training")
     batch_size: int = setting(128, "images per batch, over all processes", low=2)
     accumulate: int = setting(1, "batches whose gradients make one update", low=1)
@@ -258,7 +258,7 @@ class Recipe:
     scheduler: str = setting("plateau", "what lowers the learning rate")
     lr_factor: float = setting(0.1, "plateau, step: factor that lowers the learning rate")
     lr_patience: int = setting(2, "plateau: epochs to wait for a drop of the validation loss")
-    # Lower drops count as none; else the tiny gains of late epochs would keep the rate high.
+    # Smaller drops do not count; else the tiny gains of late epochs would keep the rate high.
     lr_threshold: float = setting(0.2, "plateau: smallest relative drop that counts as one")
     lr_step: int = setting(5, "step: epochs from one step to the next", low=1)
     patience: int = setting(5, "end after so many epochs without any lower validation loss", low=1)
@@ -279,7 +279,7 @@ class Recipe:
 
 @contextmanager
 def explaining(message: str) -> Iterator[None]:
-    """Turn any error into a UserError of one line: ``message``, then the start of its text."""
+    """Turn any error into a UserError of one line: ``message``, then the start of the error's."""
     try:
         yield
     except Exception as error:
@@ -296,8 +296,8 @@ def look_up(table: dict[str, Any], name: str, what: str) -> Any:
 
 # %% 3. Data
 #
-# MNIST takes only 55 MB, so all stays in memory as uint8; train() moves its images to the device.
-# A batch is picked by index, then converted to float, augmented and normalized as a whole.
+# MNIST takes only 55 MB, so it stays in memory as uint8; train() moves its training images to the
+# device. A batch is picked by index, then converted to float, augmented and normalized as a whole.
 
 # Channels, pixels per side, and the stem that "auto" means. gray28 takes a 17th of rgb32's FLOPs.
 INPUTS = {"gray28": (1, 28, "imagenet"), "rgb32": (3, 32, "cifar")}
@@ -309,12 +309,12 @@ STATISTICS = {"mnist": (0.1307, 0.3081), "kaggle": (0.1310, 0.3085), "none": (0.
 def read_mnist(data_dir: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Read MNIST from ``data_dir``/MNIST/raw, after downloading what is missing. Raises UserError.
 
-    Returns images (60000, 28, 28) uint8, light on dark; labels (60000,); 10,000 of each to test.
+    Returns images (60000, 28, 28) uint8, light on dark; labels (60000,); 10,000 of each for tests.
     """
     folder = Path(data_dir, "MNIST")
     with explaining(f"cannot read MNIST's four files in {folder / 'raw'}"):
         if not folder.exists():
-            # Another program may do the same right now, so each downloads into a private folder.
+            # Other processes may do this at the same time, so each downloads into a private folder.
             Path(data_dir).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=data_dir) as private:
                 datasets.MNIST(private, download=True)
@@ -328,7 +328,7 @@ def read_mnist(data_dir: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return train.data, train.targets, test.data, test.targets
 
 
-READERS: dict[str, Callable] = {"mnist": read_mnist}  # section 7 adds more, of the same signature
+READERS: dict[str, Callable] = {"mnist": read_mnist}  # each takes data_dir; section 7 adds more
 
 
 def split_by_class(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -343,7 +343,7 @@ def split_by_class(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Te
 
 def distort(images: Tensor, draws: Tensor, recipe: Recipe) -> Tensor:
     """Rotate, shift, stretch, shear each image (N, C, H, W) by its draws (2, N, 3) in [-1, 1)."""
-    # torchvision's transforms would give one draw to the whole batch.
+    # draws[0]: angle, dx, dy; draws[1]: sx, shear, sy. torchvision would draw once per batch.
     angle = math.radians(recipe.rotate) * draws[0, :, 0]
     dx, dy = 2 * recipe.shift * draws[0, :, 1:].T  # affine_grid()'s sides go from -1 to 1
     sx, shear, sy = recipe.stretch * draws[1].T
@@ -370,12 +370,12 @@ def say(text: str, end: str = "\n") -> None:
 
 
 class TensorLoader:
-    """Batches (B, C, S, S) of images (N, 28, 28) uint8; in training, shuffled and augmented."""
+    """Batches (B, C, S, S) from images (N, H, W) uint8; in training, shuffled and augmented."""
 
     def __init__(self, images: Tensor, labels: Tensor, recipe: Recipe, train: bool = False):
         self.images, self.labels = images[:, None], labels
         self.recipe, self.train = recipe, train
-        self.batch_size = max(2, recipe.batch_size // WORLD_SIZE) if train else 250  # per process
+        self.batch_size = max(2, recipe.batch_size // WORLD_SIZE) if train else 250
 
     def __len__(self) -> int:
         # In training, the - 1 drops a last batch of one image, too few for batch norm.
@@ -470,26 +470,26 @@ def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, group
     height, width = input.shape[-2:]
     if not (is_conv3x3 and stride in ((1, 1), (2, 2)) and max(height, width) <= stride[0]):
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    # With padding 1, a kernel's center meets the first pixel, the weights after it the rest.
+    # The center weight meets the first pixel, those right of it and below it the others.
     used = weight[:, :, 1 : 1 + height, 1 : 1 + width]
-    return F.linear(input.flatten(-3), used.flatten(1), bias)[..., None, None]
+    return F.linear(input.flatten(-3), used.flatten(1), bias)[..., None, None]  # (N, out, 1, 1)
 
 
 # %% 5. Training
 #
 # The loss on validation images (on test images only if select_on says so) tells which epoch's
 # weights to keep, when plateau lowers the learning rate, and when to stop. After each epoch,
-# best.pt holds the best weights; last.pt holds these and the state to go on from. Each epoch seeds
-# its random numbers from seed and epoch, so a resumed run ends with the very bits of an unbroken
-# one: on the same CPU, with as many threads and processes (one or two; three may sum differently).
-# Processes share each batch, and DistributedDataParallel (DDP) averages their gradients.
+# best.pt holds the best weights; last.pt also holds the state to go on from. Each epoch seeds its
+# random numbers from seed and epoch. So on the same CPU, with the same number of threads and of
+# processes (one or two), a resumed run ends with the very bits of an unbroken one. Processes, which
+# section 9 connects, share each batch; DistributedDataParallel (DDP) averages their gradients.
 
 
 def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", accumulate=1):
     """Go through the loader once; return a dict with loss (mean, nats) and accuracy (%).
 
     Both are measured while the model learns, before each update. ``scheduler`` steps after every
-    update; the caller steps plateau, by validation loss. UserError if the loss is not finite.
+    update; plateau waits for the validation loss. UserError if the loss is not finite.
     """
     model.train()
     device = next(model.parameters()).device
@@ -568,7 +568,7 @@ SCHEDULERS: dict[str, Callable] = {
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary file, which then replaces ``path``, so that no kill leaves half a file."""
+    """Yield a temporary file that then replaces ``path``: a killed run leaves no partial file."""
     temporary = path.with_name(f".{path.name}.tmp")
     with explaining(f"cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -588,8 +588,8 @@ def best_epoch(history: dict[str, list]) -> int:
 class ResNetTrainer:
     """Trains and tests a classifier: ``ResNetTrainer(resnet18()).train(data.train, data.val)``.
 
-    ``device`` None picks the best. The recipe's network, data and batch_size are not used. The
-    first process writes files to ``run_dir``, if given.
+    ``device`` None picks the best. Model and loaders are given, so the recipe's network, data and
+    batch_size are not used. The first process writes files to ``run_dir``, if given.
     """
 
     def __init__(self, model: nn.Module, device=None, recipe: Recipe | None = None, run_dir=None):
@@ -632,7 +632,7 @@ class ResNetTrainer:
         model = nn.parallel.DistributedDataParallel(self.model) if WORLD_SIZE > 1 else self.model
         self._save()  # a run killed in epoch 1 can be resumed, too
         say("epoch  train loss       %   val loss       %        lr       s")
-        # The caller keeps its random state; fast_conv2d() replaces F.conv2d(), which layers call.
+        # In this block, random numbers are apart from the caller's, and layers use fast_conv2d().
         with torch.random.fork_rng(devices=[]), mock.patch.object(F, "conv2d", fast_conv2d):
             for epoch in range(len(self.history["epoch"]) + 1, recipe.epochs + 1):
                 if epoch > best_epoch(self.history) + recipe.patience:
@@ -646,7 +646,7 @@ class ResNetTrainer:
         """Train ``model`` (self.model, or DDP around it) for an epoch; validate, save, print."""
         started = time.perf_counter()
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        # Every epoch has another seed, so a resumed run need not know what was drawn before.
+        # Every epoch has its own seed, so a resumed run need not know what was drawn before.
         torch.default_generator.manual_seed(self.recipe.seed * 1_000_003 + epoch)
         train = train_one_epoch(
             model, loader, self.optimizer, self.scheduler, self.precision, self.recipe.accumulate
