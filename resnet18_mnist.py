@@ -753,9 +753,7 @@ def plot_curves(history: dict[str, list], title: str = "") -> Figure:
         axis.plot(best, history[f"val_{name}"][best - 1], "k*", ms=14, label=f"best epoch ({best})")
         for epoch, rate in enumerate(rates[1:], start=1):  # the rate of the epoch after it
             if rate < rates[epoch - 1] and max(rates) == rates[0]:  # onecycle changes it every step
-                axis.axvline(epoch + 0.5, color="gray", linestyle=":")
-                above = {"transform": axis.get_xaxis_transform(), "rotation": 90, "ha": "center"}
-                axis.text(epoch + 0.5, 1.02, f"lr {rate:.2g}", **above, fontsize=8)
+                axis.axvline(epoch + 0.5, color="gray", linestyle=":", label=f"lr {rate:.2g}")
         axis.set(xlabel="epoch", ylabel=f"{name} ({unit})")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
