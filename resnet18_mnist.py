@@ -865,11 +865,11 @@ def visualize_model_architecture(model: nn.Module, image_size: int = 28) -> None
     parameters = sum(layer["parameters"] for layer in layers)
     flops = sum(layer["flops"] for layer in layers)
     live = sum(layer["parameters"] * layer["live"] for layer in layers) / parameters
-    total = {"name": "total", "shape": "", "parameters": parameters, "flops": flops, "live": live}
     say("layer                    output   parameters          FLOPs     live")
     say(f"input                {'x'.join(map(str, image.shape[1:])):>10}")
-    for layer in [*layers, total]:
+    for layer in layers:
         say("{name:21}{shape:>10}{parameters:13,}{flops:15,}{live:9.1%}".format(**layer))
+    say(f"total{parameters:39,}{flops:15,}{live:9.1%}")
     say("FLOPs: one image forward, a multiply-add counted as two.")
     say("live: share of the weights that can meet a pixel; the others meet only padding.")
 
