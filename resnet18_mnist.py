@@ -1162,9 +1162,9 @@ def command_train(args: argparse.Namespace) -> None:
     free = next(n for n in range(1, sys.maxsize) if not (RUNS / f"{name}-{n}").exists())
     trainer = ResNetTrainer(model, args.device, recipe, args.output_dir or RUNS / f"{name}-{free}")
     run_dir = trainer.run_dir  # None but in the first process
-    if run_dir:
+    if run_dir and not checkpoint:
         with explaining(f"cannot make {run_dir} (a run in it may go on with --resume)"):
-            run_dir.mkdir(parents=True, exist_ok=bool(checkpoint))  # only one run gets it
+            run_dir.mkdir(parents=True)  # only one run gets it
     sizes = [f"{len(loader.labels):,}" for loader in (data.train, data.val, data.test)]
     parameters = sum(p.numel() for p in model.parameters())
     threads = torch.get_num_threads()  # which the last bits of a result depend on
