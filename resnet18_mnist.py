@@ -755,7 +755,7 @@ def plot_curves(history: dict[str, list], title: str = "") -> Figure:
             if rate < rates[epoch - 1] and max(rates) == rates[0]:  # onecycle changes it every step
                 axis.axvline(epoch + 0.5, color="gray", linestyle=":", label=f"lr {rate:.2g}")
         axis.set(xlabel="epoch", ylabel=f"{name} ({unit})")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.locator_params(axis="x", integer=True)
         axis.grid(alpha=0.3)
     axes[0].legend()
     axes[0].set_yscale("log", subs=[2, 3, 5])
