@@ -794,9 +794,8 @@ def plot_feature_maps(model: ResNet, image: Tensor, title: str = "") -> Figure:
     figure, axes = new_figure(6, 10, 10, 7.5, title, **BARE)  # none for the last, a vector
     for row, (name, features) in zip(axes, maps.items(), strict=False):
         channels = features[0].float().numpy(force=True)
-        colors = "gray" if name == "input" else "viridis"
         for axis, channel in zip(row, channels, strict=False):  # all on one scale, to compare
-            axis.imshow(channel, cmap=colors, vmin=channels.min(), vmax=channels.max())
+            axis.imshow(channel, vmin=channels.min(), vmax=channels.max())
         row[0].set_title(f"{name}  {'×'.join(map(str, channels.shape))}", fontsize=9, loc="left")
     return figure
 
