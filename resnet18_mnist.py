@@ -805,11 +805,10 @@ def visualize_results(model, loader, results: dict, history: dict, run_dir, titl
     images = torch.cat([images for images, _ in loader]).cpu()
     surest = results["probabilities"].amax(dim=1).argsort(descending=True).tolist()
     mistakes = [n for n in surest if results["labels"][n] != results["predictions"][n]]
-    of_all = f"{title}\n{results['accuracy']:.2f} % of {len(images):,} images right"
     first = f"{title}\nthe first images"
     worst = f"{title}\nthe most confident of {len(mistakes)} mistakes"
     save_figure(plot_curves(history, title), run_dir, "curves.png")
-    save_figure(plot_confusion_matrix(results, of_all), run_dir, "confusion_matrix.png")
+    save_figure(plot_confusion_matrix(results, title), run_dir, "confusion_matrix.png")
     save_figure(plot_digits(images, results, range(len(images)), first), run_dir, "predictions.png")
     save_figure(plot_digits(images, results, mistakes, worst), run_dir, "mistakes.png")
     if hasattr(model, "get_feature_maps"):
@@ -836,7 +835,7 @@ epoch {epoch}, selected on the {chosen_on}: loss {loss:.4f}, {accuracy:.2f} %
     if trainer.run_dir:
         with atomic_write(trainer.run_dir / "report.txt") as file:
             file.write_bytes(report.encode())
-        title = f"{recipe.model}, {recipe.input}, {recipe.dataset}"
+        title = f"{recipe.model}, {recipe.input}, {recipe.dataset}\n{scores}"
         visualize_results(trainer.model, loader, results, history, trainer.run_dir, title)
         say(f"weights, history, report and pictures: {trainer.run_dir}")
 
