@@ -1004,15 +1004,14 @@ def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
 def plot_readings(read: dict[str, tuple], probabilities: Tensor) -> Figure:
     """Draw the first ten pictures, each beside what the network saw and its probabilities."""
     rows = min(len(read), 10)
-    figure, axes = new_figure(rows, 3, 8, 1.7 * rows + 0.4)
+    figure, axes = new_figure(rows, 3, 8, 1.7 * rows + 0.4, **BARE)
     for row, (name, images), p in zip(axes, read.items(), probabilities.numpy(), strict=False):
-        for axis, image in zip(row, images, strict=False):
-            axis.imshow(np.asarray(image), cmap="gray")
-            axis.set(**BARE)
+        row[0].imshow(images[0])
         row[0].set_title(Path(name).name[-28:], fontsize=8, parse_math=False)
+        row[1].imshow(images[1].numpy(), cmap="gray")
         row[1].set_title("as the network saw it", fontsize=8)
         row[2].bar(range(len(p)), 100 * p, color=np.where(p == p.max(), BLUE, "silver"))
-        row[2].set(xticks=range(len(p)), ylim=(0, 100), ylabel="probability (%)")
+        row[2].set(xticks=range(len(p)), yticks=[0, 50, 100], ylabel="probability (%)")
         row[2].set_title(f"read as {p.argmax()}, {100 * p.max():.1f} %", fontsize=8)
     return figure
 
