@@ -9,7 +9,7 @@
     python resnet18_mnist.py predict digit.png  read a digit from a photo or a drawing
     python resnet18_mnist.py describe           each layer's shape, parameters and FLOPs
 
-Sections 1 to 5, which end at line 694, show a ResNet and its training. All nine are notebook cells:
+Sections 1 to 5, ending at line 694, show ResNet and its training. Each section is a notebook cell:
 
     1  Network       the residual block, and five depths built from it
     2  Recipe        every setting of a run, with its default
@@ -18,7 +18,7 @@ Sections 1 to 5, which end at line 694, show a ResNet and its training. All nine
     5  Training      the loop, evaluation, early stopping, checkpoints
     6  Report        and pictures: curves, mistakes, feature maps, a table of the layers
     7  Other digits  synthetic ones, Kaggle's tables, your own images
-    8  Other nets    LeNet-5, plain networks; weights of files and runs
+    8  Other nets    LeNet-5, plain networks; weights from files and runs
     9  Command line  train, evaluate, predict, describe
 
 Sources: He 2015a, Deep Residual Learning for Image Recognition, arXiv:1512.03385. He 2015b, Delving
@@ -114,7 +114,7 @@ class Bottleneck(nn.Module):
         planes = outplanes // 4
         self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
-        # The paper has the stride on the 1×1 above, where it skips pixels (Goyal 2017, 5.1).
+        # The paper has the stride on the 1×1 above; there, it would skip pixels (Goyal 2017, 5.1).
         self.conv2 = conv3x3(planes, planes, stride)
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv3 = nn.Conv2d(planes, outplanes, 1, bias=False)
@@ -225,7 +225,7 @@ class UserError(Exception):
 
 
 def setting(default: Any, help: str, low: float = 0, group: str = "") -> Any:
-    """Return a field of Recipe: its help, its lowest allowed value, a heading for --help."""
+    """Return a field of Recipe: its help, lowest value, and the --help heading it starts."""
     return field(default=default, metadata={"help": help, "low": low, "group": group})
 
 
@@ -238,8 +238,8 @@ class Recipe:
     stem: str = setting("auto", "imagenet (7x7, pool), cifar (3x3); auto: what suits the input")
     plain: bool = setting(False, "the same layers without shortcuts, to see what these do")
     weights: str = setting("", "weights to start from: imagenet, or a file")
-    freeze: str = setting("", "parts that keep their weights, as in conv1,bn1,layer1")
-    dataset: str = setting("mnist", "data set (unset: synthetic if MNIST is missing)", group="data")
+    freeze: str = setting("", "parts whose weights are not trained, as in conv1,bn1,layer1")
+    dataset: str = setting("mnist", "data set; unless given, falls back to synthetic", group="data")
     normalize: str = setting("mnist", "data set whose mean and deviation normalize the pixels")
     val_size: int = setting(0, "training images held out for validation; 0: a twelfth")
     select_on: str = setting("val", "val; test: hold out none, select on test images (optimistic)")
@@ -247,7 +247,7 @@ class Recipe:
     rotate: float = setting(6.0, "augmentation: maximum rotation, in degrees")
     shift: float = setting(0.05, "augmentation: maximum shift, as a fraction of the side")
     stretch: float = setting(0.06, "augmentation: maximum stretch and shear, as a fraction")
-    # These defaults were chosen for ten epochs of ResNet-18.
+    # The defaults below were chosen for ten epochs of ResNet-18.
     epochs: int = setting(10, "maximum number of passes over the data", low=1, group="training")
     batch_size: int = setting(128, "images per batch, over all processes", low=2)
     accumulate: int = setting(1, "batches whose gradients make one update", low=1)
@@ -279,7 +279,7 @@ class Recipe:
 
 @contextmanager
 def explaining(message: str) -> Iterator[None]:
-    """Turn any error into a UserError of one line: ``message``, then the start of the error's."""
+    """Turn any error into a UserError: ``message``, then 300 characters of the error's text."""
     try:
         yield
     except Exception as error:
@@ -318,7 +318,7 @@ def read_mnist(data_dir: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             Path(data_dir).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=data_dir) as private:
                 datasets.MNIST(private, download=True)
-                with suppress(OSError):  # the other program was faster
+                with suppress(OSError):  # another process was faster
                     Path(private, "MNIST").rename(folder)
         train = datasets.MNIST(data_dir, train=True, download=True)  # fetches what is missing
         test = datasets.MNIST(data_dir, train=False)
@@ -343,7 +343,7 @@ def split_by_class(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Te
 
 def distort(images: Tensor, draws: Tensor, recipe: Recipe) -> Tensor:
     """Rotate, shift, stretch, shear each image (N, C, H, W) by its draws (2, N, 3) in [-1, 1)."""
-    # draws[0]: angle, dx, dy; draws[1]: sx, shear, sy. torchvision would draw once per batch.
+    # draws[0]: angle, dx, dy; draws[1]: sx, shear, sy. torchvision's transforms draw once a batch.
     angle = math.radians(recipe.rotate) * draws[0, :, 0]
     dx, dy = 2 * recipe.shift * draws[0, :, 1:].T  # affine_grid()'s sides go from -1 to 1
     sx, shear, sy = recipe.stretch * draws[1].T
@@ -375,10 +375,10 @@ class TensorLoader:
     def __init__(self, images: Tensor, labels: Tensor, recipe: Recipe, train: bool = False):
         self.images, self.labels = images[:, None], labels
         self.recipe, self.train = recipe, train
-        self.batch_size = max(2, recipe.batch_size // WORLD_SIZE) if train else 250
+        self.batch_size = max(2, recipe.batch_size // WORLD_SIZE) if train else 250  # any will do
 
     def __len__(self) -> int:
-        # In training, the - 1 drops a last batch of one image, too few for batch norm.
+        # In training, a last batch of one image, too few for batch norm, is dropped: hence - 1.
         n = (len(self.labels) // WORLD_SIZE - 1) if self.train else len(self.labels)
         return math.ceil(n / self.batch_size)
 
@@ -464,7 +464,7 @@ def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, group
 
     train() puts it in the place of F.conv2d(). Only speed and rounding change, so skip it at a
     first reading. On a 1×1 map, or a 2×2 map with stride 2, most of the nine weights meet padding
-    only. The others make a matrix product, which halves the time (gray28, ResNet-18, CPU, float32).
+    only. The rest is one matrix product, which halves the time (gray28, ResNet-18, CPU, float32).
     """
     is_conv3x3 = weight.shape[2:] == (3, 3) and padding == dilation == (1, 1) and groups == 1
     height, width = input.shape[-2:]
@@ -477,19 +477,19 @@ def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, group
 
 # %% 5. Training
 #
-# The loss on validation images (on test images only if select_on says so) tells which epoch's
-# weights to keep, when plateau lowers the learning rate, and when to stop. After each epoch,
-# best.pt holds the best weights; last.pt also holds the state to go on from. Each epoch seeds its
-# random numbers from seed and epoch. So on the same CPU, with the same number of threads and of
-# processes (one or two), a resumed run ends with the very bits of an unbroken one. Processes, which
-# section 9 connects, share each batch; DistributedDataParallel (DDP) averages their gradients.
+# The loss on validation images (test images only if select_on says so) tells which epoch's weights
+# to keep, when plateau lowers the learning rate, and when to stop. After each epoch, best.pt holds
+# the best weights; last.pt also holds the state to go on from. Each epoch seeds its random numbers
+# from seed and epoch. So, on the same CPU with the same number of threads and processes (one or
+# two; sums of three vary), a resumed run ends with the same bits as an unbroken one. Processes,
+# connected in section 9, share each batch; DistributedDataParallel (DDP) averages gradients.
 
 
 def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", accumulate=1):
     """Go through the loader once; return a dict with loss (mean, nats) and accuracy (%).
 
     Both are measured while the model learns, before each update. ``scheduler`` steps after every
-    update; plateau waits for the validation loss. UserError if the loss is not finite.
+    update; plateau is stepped later, by validation loss. UserError if the loss is not finite.
     """
     model.train()
     device = next(model.parameters()).device
@@ -622,7 +622,7 @@ class ResNetTrainer:
             make_scheduler = look_up(SCHEDULERS, recipe.scheduler, "scheduler")
             self.scheduler = make_scheduler(self.optimizer, updates, recipe)
         self.history = resume["history"] if resume else {"epoch": []}
-        self.best_weights = resume["model"] if resume else {}
+        self.best_weights = resume["model"] if resume else {}  # the last ones: below
         if resume:
             with explaining("this cannot be resumed: it is not the last.pt of such a run"):
                 for name in ("model", "optimizer", "scheduler"):
@@ -632,7 +632,7 @@ class ResNetTrainer:
         model = nn.parallel.DistributedDataParallel(self.model) if WORLD_SIZE > 1 else self.model
         self._save()  # a run killed in epoch 1 can be resumed, too
         say("epoch  train loss       %   val loss       %        lr       s")
-        # In this block, random numbers are apart from the caller's, and layers use fast_conv2d().
+        # Here, draws leave the caller's random state alone, and layers use fast_conv2d().
         with torch.random.fork_rng(devices=[]), mock.patch.object(F, "conv2d", fast_conv2d):
             for epoch in range(len(self.history["epoch"]) + 1, recipe.epochs + 1):
                 if epoch > best_epoch(self.history) + recipe.patience:
@@ -661,7 +661,7 @@ class ResNetTrainer:
         for name, value in row.items():
             self.history.setdefault(name, []).append(value)
         is_best = best_epoch(self.history) == epoch
-        if is_best:  # copied in the usual memory order, which other programs expect
+        if is_best:  # copied in the (N, C, H, W) order that other programs expect
             for name, w in self.model.state_dict().items():
                 self.best_weights[name] = w.cpu().clone(memory_format=torch.contiguous_format)
         self._save()
@@ -669,7 +669,7 @@ class ResNetTrainer:
         say(line + ("  best" if is_best else ""))
 
     def _save(self) -> None:
-        """Write best.pt, history.csv and last.pt; a run killed before last.pt repeats the epoch."""
+        """Write best.pt, history.csv, then last.pt; a run killed in between repeats the epoch."""
         if not self.run_dir:
             return
         state = {"recipe": asdict(self.recipe), "history": self.history, "model": self.best_weights}
@@ -751,8 +751,8 @@ def plot_curves(history: dict[str, list], title: str = "") -> Figure:
         axis.plot("epoch", f"train_{name}", "o-", data=history, color=BLUE, label="training")
         axis.plot("epoch", f"val_{name}", "s-", data=history, color=VERMILION, label="validation")
         axis.plot(best, history[f"val_{name}"][best - 1], "k*", ms=14, label=f"best epoch ({best})")
-        for epoch, rate in enumerate(rates[1:], start=1):  # the rate of the epoch after it
-            if rate < rates[epoch - 1] and max(rates) == rates[0]:  # onecycle changes it every step
+        for epoch, rate in enumerate(rates[1:], start=1):  # the rate of epoch + 1
+            if rate < rates[epoch - 1] and max(rates) == rates[0]:  # not onecycle: starts low
                 axis.axvline(epoch + 0.5, color="gray", linestyle=":", label=f"lr {rate:.2g}")
         axis.set(xlabel="epoch", ylabel=f"{name} ({unit})")
         axis.locator_params(axis="x", integer=True)
@@ -791,7 +791,7 @@ def plot_digits(images: Tensor, results: dict, chosen: Sequence, title: str = ""
 def plot_feature_maps(model: ResNet, image: Tensor, title: str = "") -> Figure:
     """Draw an image (1, C, S, S) and the first channels of each part's output."""
     maps = {"input": image, **model.eval().get_feature_maps(image.to(model.conv1.weight.device))}
-    figure, axes = new_figure(6, 10, 10, 7.5, title, **BARE)  # none for the last, a vector
+    figure, axes = new_figure(6, 10, 10, 7.5, title, **BARE)  # "pooled", the seventh, gets no row
     for row, (name, features) in zip(axes, maps.items(), strict=False):
         channels = features[0].float().numpy(force=True)
         for axis, channel in zip(row, channels, strict=False):  # all on one scale, to compare
@@ -851,7 +851,7 @@ def visualize_model_architecture(model: nn.Module, image_size: int = 28) -> None
     for module, inputs, y in calls:
         layer = {"name": names[module], "shape": "x".join(map(str, y.shape[1:]))}
         layer |= {"parameters": sum(p.numel() for p in module.parameters()), "flops": 0, "live": 1}
-        if isinstance(module, (nn.Conv2d, nn.Linear)):  # in the paper, a multiply-add is one FLOP
+        if isinstance(module, (nn.Conv2d, nn.Linear)):  # two FLOPs per multiply-add; the paper: one
             layer["flops"] = 2 * module.weight.numel() * y[0, 0].numel()  # at each position
         if isinstance(module, nn.Conv2d):  # which weights ever meet a 1, where padding is 0?
             window = (module.kernel_size, module.dilation, module.padding, module.stride)
@@ -930,8 +930,8 @@ def find_ink(colors: Tensor, inside: Tensor) -> Tensor:
         is_paper = inside & (difference <= threshold)
         paper = terms @ torch.linalg.lstsq(terms[is_paper], colors[is_paper], driver="gelsd")[0]
     on_paper, on_ink = difference[is_paper], difference[inside & ~is_paper]
-    # Ink must differ by 8 levels, and by 8 standard deviations of the paper or, as soft edges widen
-    # both, by 2.3 times the sum of the paper's and the ink's. Blank pages reach 7 and 2.2.
+    # Ink must differ by 8 levels and by 8 standard deviations of the paper. Soft edges widen those,
+    # so 2.3 times the sum of the paper's and the ink's will do. Blank pages reach 7 and 2.2.
     spreads = [((x - x.mean()) ** 2).mean().sqrt() for x in (on_paper, on_ink)]
     is_clear = on_ink.mean() - on_paper.mean() > max(8, min(8 * spreads[0], 2.3 * sum(spreads)))
     strength = ((difference - threshold / 2) / (on_ink.mean() - threshold / 2)).clamp(0, 1)
@@ -939,7 +939,7 @@ def find_ink(colors: Tensor, inside: Tensor) -> Tensor:
 
 
 def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
-    """Return the parts of the digit's ink (N, H, W), without edges, sheets and shadows."""
+    """Return parts (N, H, W) of the digit, not edges, sheets, shadows. Skip at a first reading."""
     ink = find_ink(colors, inside) if inside.sum() >= 64 else torch.zeros(inside.shape)
     numbers = torch.arange(1.0, ink.numel() + 1).view(1, *ink.shape) * (ink > 0)
     while not torch.equal(numbers, spread := F.max_pool2d(numbers, 3, 1, padding=1) * (ink > 0)):
@@ -950,8 +950,8 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
         return parts
     lengths = torch.maximum(parts.any(dim=1).sum(dim=1), parts.any(dim=2).sum(dim=1))
     longest = parts[lengths.argmax()] > 0
-    # If the longest part, with its holes, fills its box, turned or not, is large and no 1, it is a
-    # sheet or a frame: look inside. Else parts at the edge go; if little is left, look again.
+    # A longest part that fills its box (tilted, too), is large and no 1 is a sheet or a frame: look
+    # inside it. Else drop parts at the edge; if little is left, cut them out and look again.
     sides = [longest.rot90(turns).cumsum(dim=0).rot90(-turns) > 0 for turns in range(4)]
     filled = inside & torch.stack(sides).all(dim=0)  # what has pixels of it on all four sides
     angles = torch.arange(32) * math.pi / 32
@@ -964,7 +964,7 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
         return parts[~touches]
     outside = ~filled if encloses else ~inside | parts[touches].any(dim=0)
     again = find_digit(colors, ~near(outside, 4))
-    # Nothing, at the first look? A digit cut out tightly, a square 0, a blank sheet or a shadow.
+    # If this finds nothing, a tight digit or a square 0 is kept; a blank sheet or a shadow is not.
     is_sheet = encloses and 2 * longest.sum() > filled.sum()
     gaps = inside.shape - np.ptp(parts.nonzero()[:, 1:].numpy(), axis=0) - 1  # rows, columns left
     is_shadow = parts[:, [0, -1]][..., [0, -1]].any() and gaps.max() > 4  # in a corner, not across
@@ -993,7 +993,7 @@ def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
     shared = columns @ columns.T  # how many columns any two have in common
     if (4 * shared < torch.minimum(shared.diag(), shared.diag()[:, None])).any():  # side by side
         raise UserError(f"{path} seems to show several figures: one digit per picture")
-    size = (20 * shape / shape.max()).round().clamp(min=1).int()  # one of them 20
+    size = (20 * shape / shape.max()).round().clamp(min=1).int()  # the longer one 20
     digit = TF.resized_crop(parts.sum(dim=0)[None], *low.tolist(), *shape.tolist(), size.tolist())
     digit = (255 * digit[0] / digit.max()).round().byte()
     center = (digit > 127).nonzero().float().mean(dim=0)  # goes to the middle, 13.5
@@ -1124,14 +1124,14 @@ RECIPES = {
 
 
 def mnist_or_synthetic(data_dir: str | Path) -> str:
-    """Return "mnist" or, if none of its files is there, "synthetic". UserError if they are bad."""
+    """Return "mnist" or, if there is no such file, "synthetic". UserError if files are bad."""
     try:
         read_mnist(data_dir)
         return "mnist"
     except UserError as error:
-        found = [*Path(data_dir).glob("*-ubyte*"), *Path(data_dir, "MNIST").rglob("*-ubyte*")]
+        found = next(Path(data_dir).rglob("*-ubyte*"), None)
         if found:
-            raise UserError(f"{error}; found: {found[0]}") from error
+            raise UserError(f"{error}; found: {found}") from error
         print(f"WARNING: {error}.\nGoing on with SYNTHETIC digits.", file=sys.stderr)
         return "synthetic"
 
@@ -1178,7 +1178,7 @@ def command_train(args: argparse.Namespace) -> None:
             flags = f'--resume "{run_dir}" --data-dir "{args.data_dir}" --device {trainer.device}'
             print(f'stopped; this goes on:  python "{sys.argv[0]}" {flags}', file=sys.stderr)
         elif run_dir and not checkpoint and not (run_dir / "best.pt").exists():
-            shutil.rmtree(run_dir)  # no epoch was finished: the same command may start again
+            shutil.rmtree(run_dir)  # no epoch ended before the error: start again
         raise
     if WORLD_SIZE > 1:
         distributed.destroy_process_group()
@@ -1200,7 +1200,8 @@ def command_predict(args: argparse.Namespace) -> int:
             files = sorted(glob.glob(glob.escape(name) + "/*"))
             names += filter(datasets.folder.is_image_file, files)
         else:  # a file, or a wildcard that the shell did not expand
-            names += sorted(glob.glob(name)) or [name]
+            found = [] if Path(name).exists() else sorted(glob.glob(name))
+            names += found or [name]
     if not names and not args.kaggle:
         raise UserError("no image is given: name files, a folder of them, or --kaggle FILE")
     path, trainer = load_trainer(args.checkpoint, args.device)
