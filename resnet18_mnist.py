@@ -296,7 +296,7 @@ def look_up(table: dict[str, Any], name: str, what: str) -> Any:
 
 # %% 3. Data
 #
-# MNIST takes only 55 MB, so it stays in memory as uint8; train() moves its training images to the
+# MNIST takes only 55 MB, so it stays in memory as uint8; the trainer moves training images to the
 # device. A batch is picked by index, then converted to float, augmented and normalized as a whole.
 
 # Channels, pixels per side, and the stem that "auto" means. gray28 takes a 17th of rgb32's FLOPs.
@@ -343,7 +343,7 @@ def split_by_class(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Te
 
 def distort(images: Tensor, draws: Tensor, recipe: Recipe) -> Tensor:
     """Rotate, shift, stretch, shear each image (N, C, H, W) by its draws (2, N, 3) in [-1, 1)."""
-    # draws[0]: angle, dx, dy; draws[1]: sx, shear, sy. torchvision's transforms draw once a batch.
+    # draws[0]: angle, dx, dy; draws[1]: sx, shear, sy. torchvision would draw once per batch.
     angle = math.radians(recipe.rotate) * draws[0, :, 0]
     dx, dy = 2 * recipe.shift * draws[0, :, 1:].T  # affine_grid()'s sides go from -1 to 1
     sx, shear, sy = recipe.stretch * draws[1].T
@@ -387,7 +387,7 @@ class TensorLoader:
         channels, size, _ = look_up(INPUTS, self.recipe.input, "input")
         mean, std = look_up(STATISTICS, self.recipe.normalize, "normalize")
         order = torch.arange(n)
-        if self.train:  # drawn on the CPU, whatever the device; _run_epoch() seeds it each epoch
+        if self.train:  # drawn on the CPU, whatever the device; the trainer seeds it each epoch
             # All processes draw the same order. Each takes every WORLD_SIZEth index, equally many.
             order = torch.randperm(n)[RANK::WORLD_SIZE][: n // WORLD_SIZE]
             draws = 2 * torch.rand(2, n, 3).to(self.images.device) - 1
@@ -408,7 +408,7 @@ class MNISTDataLoader:
         recipe = replace(recipe or Recipe(), **changes)
         images, labels, *test = look_up(READERS, recipe.dataset, "dataset")(data_dir)
         val_size = 0 if recipe.select_on == "test" else (recipe.val_size or len(labels) // 12)
-        train, val = split_by_class(labels, val_size, recipe.seed)
+        train, val = split_by_class(labels, min(val_size, len(labels)), recipe.seed)
         train = train[: recipe.limit or None]
         self.train = TensorLoader(images[train], labels[train], recipe, train=True)
         self.test = TensorLoader(*test, recipe)
@@ -462,7 +462,7 @@ def pick_precision(name: str, device: torch.device) -> str:
 def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
     """Do what F.conv2d() does, faster for a 3×3 convolution whose output is a single position.
 
-    train() puts it in the place of F.conv2d(). Only speed and rounding change, so skip it at a
+    The trainer puts it in the place of F.conv2d(). Only speed and rounding change, so skip it at a
     first reading. On a 1×1 map, or a 2×2 map with stride 2, most of the nine weights meet padding
     only. The rest is one matrix product, which halves the time (gray28, ResNet-18, CPU, float32).
     """
@@ -1162,12 +1162,12 @@ def command_train(args: argparse.Namespace) -> None:
     if run_dir and not checkpoint:
         with explaining(f"cannot make {run_dir} (a run in it may go on with --resume)"):
             run_dir.mkdir(parents=True)  # only one run gets it
-    sizes = [f"{len(loader.labels):,}" for loader in (data.train, data.val, data.test)]
+    train, val, test = [f"{len(part.labels):,}" for part in (data.train, data.val, data.test)]
     parameters = sum(p.numel() for p in model.parameters())
     threads = torch.get_num_threads()  # which the last bits of a result depend on
     say(f"device  {trainer.device}, {trainer.precision}, threads {threads}, processes {WORLD_SIZE}")
-    say(f"data    {recipe.dataset}: {sizes[0]} to train, {sizes[1]} to select, {sizes[2]} to test")
-    say(f"model   {recipe.model} for {recipe.input}, {parameters:,} parameters, in {run_dir}\n")
+    say(f"data    {recipe.dataset}, {recipe.input}: {train} train, {val} validation, {test} test")
+    say(f"model   {recipe.model}, {parameters:,} parameters, in {run_dir}\n")
     try:
         if WORLD_SIZE > 1:
             distributed.init_process_group("nccl" if trainer.device.type == "cuda" else "gloo")

@@ -196,7 +196,7 @@ def test_tools_for_models_work_before_and_after_training():
 # 2. Recipe
 
 WRONG = [{"lr": math.nan}, {"lr": "high"}, {"batch_size": 1}, {"seed": 2**70}, {"limit": 1}]
-WRONG += [{"val_size": 0.5}, {"val_size": 1200}, {"select_on": "tset"}]
+WRONG += [{"val_size": 0.5}, {"val_size": 1200}, {"val_size": 2**32}, {"select_on": "tset"}]
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -653,7 +653,7 @@ def test_kaggle_from_train_csv_to_solution_csv(tmp_path, capsys, monkeypatch, no
     flags = "--recipe kaggle --limit 0 --batch-size 32 --lr 0.003 --lr-step 8 --dataset mine"
     assert run(tmp_path / "run", *flags.split(), "--data-dir", tmp_path, epochs=8) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"(?s)100 to select, 0 to test.*validation accuracy", printed)
+    assert re.search(r"(?s)100 validation, 0 test.*validation accuracy", printed)
     assert "test accuracy" not in printed
     flags = ["--kaggle", str(tmp_path / "test.csv"), "--checkpoint", str(tmp_path / "run")]
     assert rm.main(["predict", *flags]) == 0
