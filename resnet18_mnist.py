@@ -9,7 +9,7 @@
     python resnet18_mnist.py predict digit.png  read a digit from a photo or a drawing
     python resnet18_mnist.py describe           each layer's shape, parameters and FLOPs
 
-Sections 1 to 5, ending at line 694, show ResNet and its training. Each section is a notebook cell:
+Sections 1 to 5, ending at line 695, show ResNet and its training. Each section is a notebook cell:
 
     1  Network       the residual block, and five depths built from it
     2  Recipe        every setting of a run, with its default
@@ -37,6 +37,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -805,11 +806,10 @@ def visualize_results(model, loader, results: dict, history: dict, run_dir, titl
     images = torch.cat([images for images, _ in loader]).cpu()
     surest = results["probabilities"].amax(dim=1).argsort(descending=True).tolist()
     mistakes = [n for n in surest if results["labels"][n] != results["predictions"][n]]
-    first = f"{title}\nthe first images"
     worst = f"{title}\nthe most confident of {len(mistakes)} mistakes"
     save_figure(plot_curves(history, title), run_dir, "curves.png")
     save_figure(plot_confusion_matrix(results, title), run_dir, "confusion_matrix.png")
-    save_figure(plot_digits(images, results, range(len(images)), first), run_dir, "predictions.png")
+    save_figure(plot_digits(images, results, range(len(images)), title), run_dir, "predictions.png")
     save_figure(plot_digits(images, results, mistakes, worst), run_dir, "mistakes.png")
     if hasattr(model, "get_feature_maps"):
         save_figure(plot_feature_maps(model, images[:1], title), run_dir, "feature_maps.png")
@@ -896,7 +896,8 @@ def draw_synthetic_digits(data_dir=None, train_size: int = 6000, test_size: int 
 def read_kaggle(data_dir, name="train.csv", labelled=True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Read a CSV of Kaggle's Digit Recognizer as read_mnist() does; without labels, zeros."""
     path = Path(data_dir, name)
-    with explaining(f"cannot read {path}"):
+    with explaining(f"cannot read {path}"), warnings.catch_warnings():
+        warnings.simplefilter("error")  # NumPy only warns of an empty table
         table = np.loadtxt(path, np.uint8, delimiter=",", skiprows=1, ndmin=2)
         labels, pixels = torch.from_numpy(table).split([int(labelled), 784], dim=1)
         if (labels > 9).any():
