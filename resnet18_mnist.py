@@ -239,7 +239,7 @@ class Recipe:
     stem: str = setting("auto", "imagenet (7x7, pool), cifar (3x3); auto: what suits the input")
     plain: bool = setting(False, "the same layers without shortcuts, to see what these do")
     weights: str = setting("", "weights to start from: imagenet, or a file")
-    freeze: str = setting("", "parts whose weights are not trained, as in conv1,bn1,layer1")
+    freeze: str = setting("", "parts that stay as they are, as in conv1,bn1,layer1")
     dataset: str = setting("mnist", "data set; unless given, falls back to synthetic", group="data")
     normalize: str = setting("mnist", "data set whose mean and deviation normalize the pixels")
     val_size: int = setting(0, "training images held out for validation; 0: a twelfth")
@@ -492,7 +492,8 @@ def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", 
     Both are measured while the model learns, before each update. ``scheduler`` steps after every
     update; plateau is stepped later, by validation loss. UserError if the loss is not finite.
     """
-    model.train()
+    for layer in model.modules():  # train mode, but a frozen batch norm keeps its statistics
+        layer.train(all(p.requires_grad for p in layer.parameters(recurse=False)))
     device = next(model.parameters()).device
     # Under autocast, layers compute in bfloat16, while weights stay float32.
     context = nullcontext() if precision == "fp32" else torch.autocast(device.type, torch.bfloat16)
@@ -511,7 +512,6 @@ def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", 
             optimizer.zero_grad()
             if scheduler and not isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step()
-
         correct = (logits.argmax(dim=1) == labels).sum()
         totals += torch.stack([loss.detach() * len(labels), correct])
         seen += len(labels)
