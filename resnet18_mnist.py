@@ -11,20 +11,20 @@
 
 Sections 1 to 5, ending at line 695, show ResNet and its training. Each section is a notebook cell:
 
-    1  Network       the residual block, and five depths built from it
-    2  Recipe        every setting of a run, with its default
-    3  Data          70,000 digits as tensors, from which batches are made
-    4  Device        where to compute, in which number format; a faster convolution
-    5  Training      the loop, evaluation, early stopping, checkpoints
-    6  Report        and pictures: curves, mistakes, feature maps, a table of the layers
-    7  Other digits  synthetic ones, Kaggle's tables, your own images
-    8  Other nets    LeNet-5, plain networks; weights from files and runs
-    9  Command line  train, evaluate, predict, describe
+    1  Network         the residual block, and five depths built from it
+    2  Recipe          every setting of a run, with its default
+    3  Data            70,000 digits as tensors, from which batches are made
+    4  Device          where to compute, in which precision; a faster convolution
+    5  Training        the loop, evaluation, early stopping, checkpoints
+    6  Report          and pictures: curves, mistakes, feature maps, a table of the layers
+    7  Other digits    synthetic ones, Kaggle's tables, your own images
+    8  Other networks  LeNet-5, plain networks; weights from files and runs
+    9  Command line    train, evaluate, predict, describe
 
 Sources: He 2015a, Deep Residual Learning for Image Recognition, arXiv:1512.03385. He 2015b, Delving
 Deep into Rectifiers, arXiv:1502.01852. Ioffe 2015, Batch Normalization, arXiv:1502.03167. Goyal
 2017, Large Minibatch SGD, arXiv:1706.02677. Otsu 1979, A Threshold Selection Method. LeCun 1998,
-Gradient-Based Learning for Document Recognition.
+Gradient-Based Learning Applied to Document Recognition.
 """
 
 import argparse
@@ -61,8 +61,8 @@ from torchvision.transforms.v2 import functional as TF
 #
 # In a plain network, a few layers learn a mapping H(x). In a residual network, they learn only its
 # difference from their input, F(x) = H(x) - x, and x is added back: y = F(x) + x (He 2015a, eq. 1).
-# Where H is nearly the identity, small weights are enough. So more layers do not harm training as
-# they do in plain networks (fig. 1). State dicts are interchangeable with torchvision's.
+# Where H is nearly the identity, small weights are enough. Indeed, more layers do not harm training
+# as they do in plain networks (fig. 1). State dicts are interchangeable with torchvision's.
 
 
 def conv3x3(inplanes: int, outplanes: int, stride: int = 1) -> nn.Conv2d:
@@ -75,7 +75,7 @@ def make_shortcut(inplanes: int, outplanes: int, stride: int) -> nn.Module:
     """Return the identity or, where the shape changes, a projection (He 2015a, eq. 2, option B)."""
     if stride == 1 and inplanes == outplanes:
         return nn.Identity()
-    # 1×1, which mixes channels: (N, inplanes, H, W) → (N, outplanes, ⌈H/stride⌉, ⌈W/stride⌉).
+    # 1×1, which mixes channels. With stride 2 it skips pixels, but the other path sees all of them.
     projection = nn.Conv2d(inplanes, outplanes, 1, stride=stride, bias=False)
     return nn.Sequential(projection, nn.BatchNorm2d(outplanes))
 
@@ -132,11 +132,11 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A stem (convolution and pool), four stages of blocks, a global mean, a linear classifier.
+    """A stem (convolution, pool), four stages of blocks, global average pooling, a linear layer.
 
-    ``layers`` counts the blocks of layer1 to layer4; ``width`` is the number of channels that
-    layer1 gives out, and it doubles from stage to stage. The stem "imagenet" shrinks 28×28 to 7×7,
-    so the rest is cheap; "cifar" shrinks nothing, as for CIFAR-10 (He 2015a, 4.2).
+    ``layers`` has the number of blocks in each stage, layer1 to layer4. ``width``, the number of
+    layer1's output channels, doubles from stage to stage. The stem "imagenet" shrinks 28×28 to 7×7,
+    so the rest is cheap; "cifar" keeps the image's size, as for CIFAR-10 (He 2015a, 4.2).
     """
 
     def __init__(self, block, layers, num_classes=10, input_channels=1, stem="imagenet", *, width):
@@ -237,12 +237,12 @@ class Recipe:
     model: str = setting("resnet18", "network", group="network")
     input: str = setting("gray28", "gray28: 1x28x28 pixels; rgb32: 3x32x32")
     stem: str = setting("auto", "imagenet (7x7, pool), cifar (3x3); auto: what suits the input")
-    plain: bool = setting(False, "the same layers without shortcuts, to see what these do")
+    plain: bool = setting(False, "the same layers without shortcuts, to see what shortcuts do")
     weights: str = setting("", "weights to start from: imagenet, or a file")
     freeze: str = setting("", "parts that stay as they are, as in conv1,bn1,layer1")
-    dataset: str = setting("mnist", "data set; unless given, falls back to synthetic", group="data")
-    normalize: str = setting("mnist", "data set whose mean and deviation normalize the pixels")
-    val_size: int = setting(0, "training images held out for validation; 0: a twelfth")
+    dataset: str = setting("mnist", "data set; the default falls back to synthetic", group="data")
+    normalize: str = setting("mnist", "data set whose mean and standard deviation normalize pixels")
+    val_size: int = setting(0, "training images held out for validation; 0: a twelfth of them")
     select_on: str = setting("val", "val; test: hold out none, select on test images (optimistic)")
     limit: int = setting(0, "number of training images; 0: all of them")
     rotate: float = setting(6.0, "augmentation: maximum rotation, in degrees")
@@ -258,12 +258,12 @@ class Recipe:
     weight_decay: float = setting(5e-4, "weight decay of all parameters")
     scheduler: str = setting("plateau", "what lowers the learning rate")
     lr_factor: float = setting(0.1, "plateau, step: factor that lowers the learning rate")
-    lr_patience: int = setting(2, "plateau: epochs to wait for a drop of the validation loss")
+    lr_patience: int = setting(2, "plateau: epochs to tolerate without a drop of validation loss")
     # Smaller drops do not count; else the tiny gains of late epochs would keep the rate high.
     lr_threshold: float = setting(0.2, "plateau: smallest relative drop that counts as one")
     lr_step: int = setting(5, "step: epochs from one step to the next", low=1)
-    patience: int = setting(5, "end after so many epochs without any lower validation loss", low=1)
-    seed: int = setting(0, "fixes split, first weights, order, augmentation", group="run")
+    patience: int = setting(5, "stop after this many epochs without a lower validation loss", low=1)
+    seed: int = setting(0, "fixes split, initial weights, order, augmentation", group="run")
     precision: str = setting("auto", "fp32, bf16; auto: bf16 where the hardware computes it fast")
 
     def __post_init__(self):
@@ -280,7 +280,7 @@ class Recipe:
 
 @contextmanager
 def explaining(message: str) -> Iterator[None]:
-    """Turn any error into a UserError: ``message``, then 300 characters of the error's text."""
+    """Turn any error into a UserError: ``message``, then up to 300 characters of the error's own."""
     try:
         yield
     except Exception as error:
@@ -310,7 +310,7 @@ STATISTICS = {"mnist": (0.1307, 0.3081), "kaggle": (0.1310, 0.3085), "none": (0.
 def read_mnist(data_dir: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Read MNIST from ``data_dir``/MNIST/raw, after downloading what is missing. Raises UserError.
 
-    Returns images (60000, 28, 28) uint8, light on dark; labels (60000,); 10,000 of each for tests.
+    Returns images (60000, 28, 28) uint8, light on dark; labels (60000,); test images, test labels.
     """
     folder = Path(data_dir, "MNIST")
     with explaining(f"cannot read MNIST's four files in {folder / 'raw'}"):
@@ -344,7 +344,7 @@ def split_by_class(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Te
 
 def distort(images: Tensor, draws: Tensor, recipe: Recipe) -> Tensor:
     """Rotate, shift, stretch, shear each image (N, C, H, W) by its draws (2, N, 3) in [-1, 1)."""
-    # draws[0]: angle, dx, dy; draws[1]: sx, shear, sy. torchvision would draw once per batch.
+    # draws[0]: angle, dx, dy; draws[1]: sx, shear, sy. torchvision would move a whole batch alike.
     angle = math.radians(recipe.rotate) * draws[0, :, 0]
     dx, dy = 2 * recipe.shift * draws[0, :, 1:].T  # affine_grid()'s sides go from -1 to 1
     sx, shear, sy = recipe.stretch * draws[1].T
@@ -376,10 +376,10 @@ class TensorLoader:
     def __init__(self, images: Tensor, labels: Tensor, recipe: Recipe, train: bool = False):
         self.images, self.labels = images[:, None], labels
         self.recipe, self.train = recipe, train
-        self.batch_size = max(2, recipe.batch_size // WORLD_SIZE) if train else 250  # any will do
+        self.batch_size = max(2, recipe.batch_size // WORLD_SIZE) if train else 250  # or any other
 
     def __len__(self) -> int:
-        # In training, a last batch of one image, too few for batch norm, is dropped: hence - 1.
+        # In training, a last batch of one image is dropped, as batch norm needs two: hence - 1.
         n = (len(self.labels) // WORLD_SIZE - 1) if self.train else len(self.labels)
         return math.ceil(n / self.batch_size)
 
@@ -463,9 +463,9 @@ def pick_precision(name: str, device: torch.device) -> str:
 def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
     """Do what F.conv2d() does, faster for a 3×3 convolution whose output is a single position.
 
-    The trainer puts it in the place of F.conv2d(). Only speed and rounding change, so skip it at a
-    first reading. On a 1×1 map, or a 2×2 map with stride 2, most of the nine weights meet padding
-    only. The rest is one matrix product, which halves the time (gray28, ResNet-18, CPU, float32).
+    While it trains, the trainer puts it in the place of F.conv2d(). Only speed and rounding change,
+    so skip it on a first reading. On a 1×1 map, or a 2×2 map with stride 2, most of the 9 weights
+    meet only padding. The others make a matrix product: half the time per step (CPU, float32).
     """
     is_conv3x3 = weight.shape[2:] == (3, 3) and padding == dilation == (1, 1) and groups == 1
     height, width = input.shape[-2:]
@@ -481,9 +481,9 @@ def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, group
 # The loss on validation images (test images only if select_on says so) tells which epoch's weights
 # to keep, when plateau lowers the learning rate, and when to stop. After each epoch, best.pt holds
 # the best weights; last.pt also holds the state to go on from. Each epoch seeds its random numbers
-# from seed and epoch. So, on the same CPU with the same number of threads and processes (one or
-# two; sums of three vary), a resumed run ends with the same bits as an unbroken one. Processes,
-# connected in section 9, share each batch; DistributedDataParallel (DDP) averages gradients.
+# from seed and epoch. So, on the same CPU with as many threads and processes (at most two: the sum
+# of three depends on the order), a resumed run ends with the same bits as an unbroken one. All
+# processes share each batch, and DistributedDataParallel (DDP) averages their gradients.
 
 
 def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", accumulate=1):
@@ -492,8 +492,8 @@ def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", 
     Both are measured while the model learns, before each update. ``scheduler`` steps after every
     update; plateau is stepped later, by validation loss. UserError if the loss is not finite.
     """
-    for layer in model.modules():  # train mode, but a frozen batch norm keeps its statistics
-        layer.train(all(p.requires_grad for p in layer.parameters(recurse=False)))
+    for layer in model.modules():  # train mode, but frozen batch norms keep their statistics
+        layer.train(all(p.requires_grad for p in layer.parameters(recurse=False)))  # parents first
     device = next(model.parameters()).device
     # Under autocast, layers compute in bfloat16, while weights stay float32.
     context = nullcontext() if precision == "fp32" else torch.autocast(device.type, torch.bfloat16)
@@ -569,7 +569,7 @@ SCHEDULERS: dict[str, Callable] = {
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary file that then replaces ``path``: a killed run leaves no partial file."""
+    """Yield a temporary file that then replaces ``path``, which is therefore always whole."""
     temporary = path.with_name(f".{path.name}.tmp")
     with explaining(f"cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -589,8 +589,8 @@ def best_epoch(history: dict[str, list]) -> int:
 class ResNetTrainer:
     """Trains and tests a classifier: ``ResNetTrainer(resnet18()).train(data.train, data.val)``.
 
-    ``device`` None picks the best. Model and loaders are given, so the recipe's network, data and
-    batch_size are not used. The first process writes files to ``run_dir``, if given.
+    ``device`` None picks the best. The recipe's network, data and batch_size have no effect here:
+    they are for making model and loaders. The first process writes files to ``run_dir``, if set.
     """
 
     def __init__(self, model: nn.Module, device=None, recipe: Recipe | None = None, run_dir=None):
@@ -598,7 +598,7 @@ class ResNetTrainer:
         self.run_dir = Path(run_dir) if run_dir and RANK == 0 else None
         self.device = pick_device(device)
         self.precision = pick_precision(self.recipe.precision, self.device)
-        # channels_last is faster; on mps it gave wrong gradients (PyTorch issue 175189).
+        # (N, H, W, C) in memory is faster; on mps, gradients were wrong (PyTorch issue 175189).
         layout = torch.preserve_format if self.device.type == "mps" else torch.channels_last
         self.model = model.to(self.device, memory_format=layout)
 
@@ -607,9 +607,9 @@ class ResNetTrainer:
 
         Loaders yield (images, labels) and have a length; without a ``val_loader`` the training loss
         decides. ``changes`` override the recipe's settings. ``resume`` is last.pt's content. The
-        history has lists with a value per epoch: see ``row`` below. Raises UserError.
+        history has lists with a value per epoch: see _run_epoch(). Raises UserError.
         """
-        names = {"num_epochs": "epochs", "learning_rate": "lr"}  # other names that are allowed
+        names = {"num_epochs": "epochs", "learning_rate": "lr"}  # accepted synonyms
         changes = {names.get(name, name): value for name, value in changes.items()}
         recipe = self.recipe = replace(self.recipe, **changes)
         self.precision = pick_precision(recipe.precision, self.device)
@@ -622,10 +622,10 @@ class ResNetTrainer:
             self.optimizer = look_up(OPTIMIZERS, recipe.optimizer, "optimizer")(trainable, recipe)
             make_scheduler = look_up(SCHEDULERS, recipe.scheduler, "scheduler")
             self.scheduler = make_scheduler(self.optimizer, updates, recipe)
-        self.history = resume["history"] if resume else {"epoch": []}
-        self.best_weights = resume["model"] if resume else {}  # the last ones: below
+        self.history, self.best_weights = {"epoch": []}, {}
         if resume:
             with explaining("this cannot be resumed: it is not the last.pt of such a run"):
+                self.history, self.best_weights = resume["history"], resume["model"]
                 for name in ("model", "optimizer", "scheduler"):
                     getattr(self, name).load_state_dict(resume[f"last_{name}"])
         # DDP copies the first process's weights and averages all gradients, so that all processes
@@ -633,7 +633,7 @@ class ResNetTrainer:
         model = nn.parallel.DistributedDataParallel(self.model) if WORLD_SIZE > 1 else self.model
         self._save()  # a run killed in epoch 1 can be resumed, too
         say("epoch  train loss       %   val loss       %        lr       s")
-        # Here, draws leave the caller's random state alone, and layers use fast_conv2d().
+        # Inside, random numbers do not touch the caller's generator; layers use fast_conv2d().
         with torch.random.fork_rng(devices=[]), mock.patch.object(F, "conv2d", fast_conv2d):
             for epoch in range(len(self.history["epoch"]) + 1, recipe.epochs + 1):
                 if epoch > best_epoch(self.history) + recipe.patience:
@@ -652,7 +652,7 @@ class ResNetTrainer:
         train = train_one_epoch(
             model, loader, self.optimizer, self.scheduler, self.precision, self.recipe.accumulate
         )
-        # Every process validates on all images; DDP copies the first one's running statistics.
+        # Every process validates on all images, through DDP: it copies the first one's statistics.
         val = train if val_loader is None else evaluate(model, val_loader, self.precision)
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(val["loss"])
@@ -677,11 +677,11 @@ class ResNetTrainer:
         if self.best_weights:
             with atomic_write(self.run_dir / "best.pt") as file:
                 torch.save(state, file)
-        for name in ("model", "optimizer", "scheduler"):  # the current ones, for last.pt only
-            state[f"last_{name}"] = getattr(self, name).state_dict()
-        with atomic_write(self.run_dir / "history.csv") as temp, open(temp, "w", newline="") as out:
+        with atomic_write(self.run_dir / "history.csv") as file, open(file, "w", newline="") as out:
             rows = zip(*self.history.values(), strict=True)
             csv.writer(out).writerows([list(self.history), *rows])  # first the columns' names
+        for name in ("model", "optimizer", "scheduler"):  # in last.pt, the current ones as well
+            state[f"last_{name}"] = getattr(self, name).state_dict()
         with atomic_write(self.run_dir / "last.pt") as file:
             torch.save(state, file)
 
@@ -940,7 +940,7 @@ def find_ink(colors: Tensor, inside: Tensor) -> Tensor:
 
 
 def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
-    """Return parts (N, H, W) of the digit, not edges, sheets, shadows. Skip at a first reading."""
+    """Return parts (N, H, W) of the digit, not edges, sheets, shadows. Skip on a first reading."""
     ink = find_ink(colors, inside) if inside.sum() >= 64 else torch.zeros(inside.shape)
     numbers = torch.arange(1.0, ink.numel() + 1).view(1, *ink.shape) * (ink > 0)
     while not torch.equal(numbers, spread := F.max_pool2d(numbers, 3, 1, padding=1) * (ink > 0)):
@@ -1006,10 +1006,10 @@ def plot_readings(read: dict[str, tuple], probabilities: Tensor) -> Figure:
     """Draw the first ten pictures, each beside what the network saw and its probabilities."""
     rows = min(len(read), 10)
     figure, axes = new_figure(rows, 3, 8, 1.7 * rows + 0.4, **BARE)
-    for row, (name, images), p in zip(axes, read.items(), probabilities.numpy(), strict=False):
-        row[0].imshow(images[0])
+    for row, (name, pair), p in zip(axes, read.items(), probabilities.numpy(), strict=False):
+        row[0].imshow(pair[0])
         row[0].set_title(Path(name).name[-28:], fontsize=8, parse_math=False)
-        row[1].imshow(images[1].numpy(), cmap="gray")
+        row[1].imshow(pair[1].numpy(), cmap="gray")
         row[1].set_title("as the network saw it", fontsize=8)
         row[2].bar(range(len(p)), 100 * p, color=np.where(p == p.max(), BLUE, "silver"))
         row[2].set(xticks=range(len(p)), yticks=[0, 50, 100], ylabel="probability (%)")
@@ -1024,7 +1024,7 @@ def plot_readings(read: dict[str, tuple], probabilities: Tensor) -> Figure:
 
 def lenet5(num_classes: int = 10, input_channels: int = 1, stem=None) -> nn.Sequential:
     """LeNet-5 (LeCun 1998, II.B): (N, C, H, W) → (N, num_classes); ``stem`` is not used."""
-    # Simpler: C3 reads all of S2, pooling has no weights, tanh is not scaled, the output is linear.
+    # Simpler: C3 reads all of S2, pooling is only a mean, tanh is not scaled, the output is linear.
     c1 = nn.Conv2d(input_channels, 6, 5, padding=2)  # (N, 6, 28, 28)
     s2 = nn.Sequential(nn.Tanh(), nn.AvgPool2d(2))  # (N, 6, 14, 14)
     c3 = nn.Conv2d(6, 16, 5)  # (N, 16, 10, 10)
@@ -1159,7 +1159,7 @@ def command_train(args: argparse.Namespace) -> None:
     name = f"{recipe.model}-{recipe.input}-{recipe.dataset}"
     free = next(n for n in range(1, sys.maxsize) if not (RUNS / f"{name}-{n}").exists())
     trainer = ResNetTrainer(model, args.device, recipe, args.output_dir or RUNS / f"{name}-{free}")
-    run_dir = trainer.run_dir  # None but in the first process
+    run_dir = trainer.run_dir  # None in all processes but the first
     if run_dir and not checkpoint:
         with explaining(f"cannot make {run_dir} (a run in it may go on with --resume)"):
             run_dir.mkdir(parents=True)  # only one run gets it
@@ -1177,7 +1177,7 @@ def command_train(args: argparse.Namespace) -> None:
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt) and run_dir and (run_dir / "last.pt").exists():
             flags = f'--resume "{run_dir}" --data-dir "{args.data_dir}" --device {trainer.device}'
-            print(f'stopped; this goes on:  python "{sys.argv[0]}" {flags}', file=sys.stderr)
+            print(f'stopped; to continue:  python "{sys.argv[0]}" {flags}', file=sys.stderr)
         elif run_dir and not checkpoint and not (run_dir / "best.pt").exists():
             shutil.rmtree(run_dir)  # no epoch ended before the error: start again
         raise
@@ -1268,14 +1268,14 @@ def main(arguments=()) -> int:
             help += f" (default: {entry.default})"
         add("--" + entry.name.replace("_", "-"), help=help, default=argparse.SUPPRESS, **how)
     if command == "train":
-        add("--recipe", choices=RECIPES, help="settings to begin with")
+        add("--recipe", choices=RECIPES, help="named settings; other flags override them")
         add("--output-dir", metavar="DIR", help="folder of the run (default: a new one in runs/)")
         add("--resume", nargs="?", const="", metavar="RUN", help="continue a run (default: newest)")
     if command == "evaluate":
         add("runs", nargs="*", metavar="RUN", help="folder or checkpoint (default: the newest)")
     if command == "predict":
         add("images", nargs="*", metavar="IMAGE", help="image of one digit, or a folder of them")
-        add("--kaggle", metavar="FILE", help="a test.csv, to write a solution.csv for")
+        add("--kaggle", metavar="FILE", help="a test.csv; writes its solution.csv")
         add("--checkpoint", metavar="RUN", help="folder or checkpoint (default: the newest)")
     if command in ("train", "evaluate"):
         add("--data-dir", default="data", metavar="DIR", help="where the data is (default: data)")
@@ -1284,7 +1284,7 @@ def main(arguments=()) -> int:
     try:
         args, unknown = parser.parse_known_intermixed_args(arguments)
         if unknown:
-            raise UserError(f"{' '.join(unknown)} is unknown; --help shows what there is")
+            raise UserError(f"unknown: {' '.join(unknown)} (see --help)")
         args.changes = {name: value for name, value in vars(args).items() if hasattr(Recipe, name)}
         keep_freed_memory()
         return COMMANDS[command](args) or 0
