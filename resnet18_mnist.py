@@ -280,7 +280,7 @@ class Recipe:
 
 @contextmanager
 def explaining(message: str) -> Iterator[None]:
-    """Turn any error into a UserError: ``message``, then up to 300 characters of the error's own."""
+    """Turn any error into a UserError: ``message``, then up to 300 characters of its text."""
     try:
         yield
     except Exception as error:

@@ -1,7 +1,5 @@
 """What resnet18_mnist.py promises, in the order of its sections; as a script, the benchmark."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import copy
@@ -949,7 +947,7 @@ def test_mistakes_get_one_line_and_exit_code_2(trained, tmp_path, monkeypatch, c
     Path("text.pt").write_bytes(b"no checkpoint")
     shutil.copy(trained / "best.pt", tmp_path)
     torch.save(load("best.pt")["model"], "weights.pt")
-    torch.save({**load("best.pt"), "model": {}}, "other.pt")
+    torch.save({"recipe": load("best.pt")["recipe"], "model": {}}, "other.pt")
     Path("runs").mkdir()
     before = sorted(tmp_path.rglob("*"))
     mistakes = {
@@ -961,6 +959,7 @@ def test_mistakes_get_one_line_and_exit_code_2(trained, tmp_path, monkeypatch, c
         "--dataset synthetic --freeze layer5": "cannot freeze 'layer5'",
         "--resume text.pt": "text.pt is damaged or holds objects",
         "--resume best.pt": "this cannot be resumed",
+        "--resume other.pt": "this cannot be resumed",
         "--resume best.pt --lr 0.5": "only patience, epochs of a resumed run may change",
         "evaluate other.pt": "other.pt does not fit resnet18",
         "evaluate weights.pt": "weights.pt is no checkpoint of this program",
