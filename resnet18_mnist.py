@@ -61,8 +61,8 @@ from torchvision.transforms.v2 import functional as TF
 #
 # In a plain network, a few layers learn a mapping H(x). In a residual network, they learn only its
 # difference from their input, F(x) = H(x) - x, and x is added back: y = F(x) + x (He 2015a, eq. 1).
-# Where H is nearly the identity, small weights are enough. Indeed, more layers do not harm training
-# as they do in plain networks (fig. 1). State dicts are interchangeable with torchvision's.
+# Where H is nearly the identity, small weights are enough. More layers, which harm plain networks
+# (fig. 1), do not harm residual ones. State dicts are interchangeable with torchvision's.
 
 
 def conv3x3(inplanes: int, outplanes: int, stride: int = 1) -> nn.Conv2d:
@@ -376,10 +376,10 @@ class TensorLoader:
     def __init__(self, images: Tensor, labels: Tensor, recipe: Recipe, train: bool = False):
         self.images, self.labels = images[:, None], labels
         self.recipe, self.train = recipe, train
-        self.batch_size = max(2, recipe.batch_size // WORLD_SIZE) if train else 250  # or any other
+        self.batch_size = max(2, recipe.batch_size // WORLD_SIZE) if train else 250  # or any size
 
     def __len__(self) -> int:
-        # In training, a last batch of one image is dropped, as batch norm needs two: hence - 1.
+        # Training drops a last batch of one image, on which batch norm fails at 1×1 maps: so - 1.
         n = (len(self.labels) // WORLD_SIZE - 1) if self.train else len(self.labels)
         return math.ceil(n / self.batch_size)
 
@@ -481,9 +481,9 @@ def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, group
 # The loss on validation images (test images only if select_on says so) tells which epoch's weights
 # to keep, when plateau lowers the learning rate, and when to stop. After each epoch, best.pt holds
 # the best weights; last.pt also holds the state to go on from. Each epoch seeds its random numbers
-# from seed and epoch. So, on the same CPU with as many threads and processes (at most two: the sum
-# of three depends on the order), a resumed run ends with the same bits as an unbroken one. All
-# processes share each batch, and DistributedDataParallel (DDP) averages their gradients.
+# from seed and epoch, so a resumed run ends with the same bits as an unbroken one: on the same CPU,
+# with as many threads and processes (one or two; a sum of three depends on the order). Processes
+# share each batch, and DistributedDataParallel (DDP) averages their gradients.
 
 
 def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", accumulate=1):
@@ -652,7 +652,7 @@ class ResNetTrainer:
         train = train_one_epoch(
             model, loader, self.optimizer, self.scheduler, self.precision, self.recipe.accumulate
         )
-        # Every process validates on all images, through DDP: it copies the first one's statistics.
+        # Every process validates on all images; DDP first copies rank 0's batch norm statistics.
         val = train if val_loader is None else evaluate(model, val_loader, self.precision)
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(val["loss"])
@@ -874,7 +874,8 @@ def visualize_model_architecture(model: nn.Module, image_size: int = 28) -> None
 
 # %% 7. Other digits
 #
-# Digits from elsewhere, in MNIST's form: uint8, 28×28, light ink on dark ground.
+# Digits from elsewhere, in MNIST's form: uint8, 28×28, light ink on dark ground. In a picture, ink
+# is what differs from the paper, the digit is its large parts; these get MNIST's size and place.
 
 
 def draw_synthetic_digits(data_dir=None, train_size: int = 6000, test_size: int = 1000) -> tuple:
@@ -916,7 +917,7 @@ def near(mask: Tensor, reach: int = 2) -> Tensor:
 
 
 def find_ink(colors: Tensor, inside: Tensor) -> Tensor:
-    """Return how inky, from 0 to 1, the pixels (H, W) of colors (H, W, 3) are; 0 if not inside."""
+    """Return the ink, 0 to 1, at each pixel of colors (H, W, 3); 0 outside. Skip it at first."""
     # Most of the border is paper, even around a digit that fills the picture. As light is uneven,
     # paper is fitted, in each color, by a surface of second degree; ink is what differs from it.
     paper = colors[inside & near(~inside, min(inside.shape) // 20 + 1)].median(dim=0).values
@@ -931,8 +932,8 @@ def find_ink(colors: Tensor, inside: Tensor) -> Tensor:
         is_paper = inside & (difference <= threshold)
         paper = terms @ torch.linalg.lstsq(terms[is_paper], colors[is_paper], driver="gelsd")[0]
     on_paper, on_ink = difference[is_paper], difference[inside & ~is_paper]
-    # Ink must differ by 8 levels and by 8 standard deviations of the paper. Soft edges widen those,
-    # so 2.3 times the sum of the paper's and the ink's will do. Blank pages reach 7 and 2.2.
+    # Ink must differ from paper by 8 levels, and by 8 standard deviations of the paper or, as soft
+    # edges widen these, by 2.3 times the sum of the paper's and the ink's. Blank pages: 7 and 2.2.
     spreads = [((x - x.mean()) ** 2).mean().sqrt() for x in (on_paper, on_ink)]
     is_clear = on_ink.mean() - on_paper.mean() > max(8, min(8 * spreads[0], 2.3 * sum(spreads)))
     strength = ((difference - threshold / 2) / (on_ink.mean() - threshold / 2)).clamp(0, 1)
@@ -940,7 +941,7 @@ def find_ink(colors: Tensor, inside: Tensor) -> Tensor:
 
 
 def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
-    """Return parts (N, H, W) of the digit, not edges, sheets, shadows. Skip on a first reading."""
+    """Return parts (N, H, W) of the digit, not edges, sheets, shadows. Skip it at first."""
     ink = find_ink(colors, inside) if inside.sum() >= 64 else torch.zeros(inside.shape)
     numbers = torch.arange(1.0, ink.numel() + 1).view(1, *ink.shape) * (ink > 0)
     while not torch.equal(numbers, spread := F.max_pool2d(numbers, 3, 1, padding=1) * (ink > 0)):
@@ -951,8 +952,8 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
         return parts
     lengths = torch.maximum(parts.any(dim=1).sum(dim=1), parts.any(dim=2).sum(dim=1))
     longest = parts[lengths.argmax()] > 0
-    # A longest part that fills its box (tilted, too), is large and no 1 is a sheet or a frame: look
-    # inside it. Else drop parts at the edge; if little is left, cut them out and look again.
+    # If the longest part is large, fills its (tilted) box and is too wide for a 1, it is a sheet or a
+    # frame: look inside it. Else drop parts at the edge; if little is left, cut them out, look again.
     sides = [longest.rot90(turns).cumsum(dim=0).rot90(-turns) > 0 for turns in range(4)]
     filled = inside & torch.stack(sides).all(dim=0)  # what has pixels of it on all four sides
     angles = torch.arange(32) * math.pi / 32
@@ -1130,8 +1131,7 @@ def mnist_or_synthetic(data_dir: str | Path) -> str:
         read_mnist(data_dir)
         return "mnist"
     except UserError as error:
-        found = next(Path(data_dir).rglob("*-ubyte*"), None)
-        if found:
+        if found := next(Path(data_dir).rglob("*-ubyte*"), None):
             raise UserError(f"{error}; found: {found}") from error
         print(f"WARNING: {error}.\nGoing on with SYNTHETIC digits.", file=sys.stderr)
         return "synthetic"
