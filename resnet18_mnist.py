@@ -953,7 +953,7 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
     lengths = torch.maximum(parts.any(dim=1).sum(dim=1), parts.any(dim=2).sum(dim=1))
     longest = parts[lengths.argmax()] > 0
     # If the longest part is large, fills its (tilted) box and is too wide for a 1, it is a sheet or
-    # frame: look inside it. Else drop parts at the edge; if little is left, look behind them.
+    # frame: look inside it. Else drop parts at the edge; if little is left, search without them.
     sides = [longest.rot90(turns).cumsum(dim=0).rot90(-turns) > 0 for turns in range(4)]
     filled = inside & torch.stack(sides).all(dim=0)  # what has pixels of it on all four sides
     angles = torch.arange(32) * math.pi / 32
