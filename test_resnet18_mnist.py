@@ -810,7 +810,7 @@ def test_predict_reads_what_it_can_of_many_files(trained, tmp_path, monkeypatch,
         write("7", 20).save(name)
     Image.new("L", (50, 50), 255).save("c.png")
     Path("d.png").write_text("no picture")
-    write("7", 20).convert("I").save("e.png")  # 16 bits
+    Image.fromarray(np.uint16(write("7", 20))).save("e.png")  # 16 bits
     Path("notes.txt").write_text("no picture, and passed over in a folder")
     for first, *others in ([str(tmp_path)], ["*.*g"], [*good, "c.png", "d.png", "e.png"]):
         assert rm.main(["predict", first, "--checkpoint", str(trained), *others]) == 2
