@@ -652,7 +652,7 @@ class ResNetTrainer:
         train = train_one_epoch(
             model, loader, self.optimizer, self.scheduler, self.precision, self.recipe.accumulate
         )
-        # Every process validates on all images; DDP first copies rank 0's batch norm statistics.
+        # Every process validates on all images; DDP's forward copies rank 0's running statistics.
         val = train if val_loader is None else evaluate(model, val_loader, self.precision)
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(val["loss"])
@@ -818,7 +818,7 @@ def visualize_results(model, loader, results: dict, history: dict, run_dir, titl
 def report_run(trainer: ResNetTrainer, data: MNISTDataLoader) -> None:
     """Test the trainer's network; print a report, and save it with pictures in run_dir, if set."""
     recipe, history = trainer.recipe, trainer.history
-    loader = data.test or data.val  # Kaggle publishes no test labels: .test is empty
+    loader = data.test or data.val  # an empty loader counts as false, as Kaggle's .test is
     tested = "test" if loader is data.test else "validation"
     results = trainer.test(loader)
     epoch = best_epoch(history)
@@ -853,7 +853,7 @@ def visualize_model_architecture(model: nn.Module, image_size: int = 28) -> None
         layer |= {"parameters": sum(p.numel() for p in module.parameters()), "flops": 0, "live": 1}
         if isinstance(module, (nn.Conv2d, nn.Linear)):  # two FLOPs per multiply-add; the paper: one
             layer["flops"] = 2 * module.weight.numel() * y[0, 0].numel()  # at each position
-        if isinstance(module, nn.Conv2d):  # which weights ever meet a 1, where padding is 0?
+        if isinstance(module, nn.Conv2d):  # live: the share that ever meets a 1; padding is 0
             window = (module.kernel_size, module.dilation, module.padding, module.stride)
             layer["live"] = F.unfold(torch.ones_like(inputs[0]), *window).amax(dim=2).mean()
         if isinstance(module, nn.BatchNorm2d):  # counted with the convolution before it
@@ -923,7 +923,7 @@ def find_ink(colors: Tensor, inside: Tensor) -> Tensor:
     paper = colors[inside & near(~inside, min(inside.shape) // 20 + 1)].median(dim=0).values
     v, u = torch.meshgrid(*[torch.linspace(-1, 1, side) for side in inside.shape], indexing="ij")
     terms = torch.stack([torch.ones_like(u), u, v, u * u, u * v, v * v], dim=-1)  # (H, W, 6)
-    for _ in range(3):  # the last fit is not used
+    for _ in range(3):  # the last round's fit is not used
         difference = (colors - paper).abs().amax(dim=2)
         levels = difference[inside].sort().values
         mass, share = levels.cumsum(dim=0), torch.arange(1, len(levels) + 1) / len(levels)
@@ -933,7 +933,7 @@ def find_ink(colors: Tensor, inside: Tensor) -> Tensor:
         paper = terms @ torch.linalg.lstsq(terms[is_paper], colors[is_paper], driver="gelsd")[0]
     on_paper, on_ink = difference[is_paper], difference[inside & ~is_paper]
     # Ink must differ from paper by 8 levels, and by 8 standard deviations of the paper or, as soft
-    # edges widen these, by 2.3 times the sum of the paper's and the ink's. Blank pages: 7 and 2.2.
+    # edges widen these, 2.3 times the sum of the paper's and the ink's. Blank pages reach 7, 2.2.
     spreads = [((x - x.mean()) ** 2).mean().sqrt() for x in (on_paper, on_ink)]
     is_clear = on_ink.mean() - on_paper.mean() > max(8, min(8 * spreads[0], 2.3 * sum(spreads)))
     strength = ((difference - threshold / 2) / (on_ink.mean() - threshold / 2)).clamp(0, 1)
@@ -953,7 +953,7 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
     lengths = torch.maximum(parts.any(dim=1).sum(dim=1), parts.any(dim=2).sum(dim=1))
     longest = parts[lengths.argmax()] > 0
     # If the longest part is large, fills its (tilted) box and is too wide for a 1, it is a sheet or
-    # frame: look inside it. Else drop parts at the edge; if little is left, search without them.
+    # frame: look inside it. Else drop parts at the edge; if the rest is short, search without them.
     sides = [longest.rot90(turns).cumsum(dim=0).rot90(-turns) > 0 for turns in range(4)]
     filled = inside & torch.stack(sides).all(dim=0)  # what has pixels of it on all four sides
     angles = torch.arange(32) * math.pi / 32
@@ -966,7 +966,7 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
         return parts[~touches]
     outside = ~filled if encloses else ~inside | parts[touches].any(dim=0)
     again = find_digit(colors, ~near(outside, 4))
-    # If this finds nothing, a tight digit or a square 0 is kept; a blank sheet or a shadow is not.
+    # If this finds nothing, the first call keeps a tight digit or square 0, but no sheet or shadow.
     is_sheet = encloses and 2 * longest.sum() > filled.sum()
     gaps = inside.shape - np.ptp(parts.nonzero()[:, 1:].numpy(), axis=0) - 1  # rows, columns left
     is_shadow = parts[:, [0, -1]][..., [0, -1]].any() and gaps.max() > 4  # in a corner, not across
@@ -992,8 +992,8 @@ def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
     low, high = parts.nonzero()[:, 1:].aminmax(dim=0)
     shape = high - low + 1  # (2,): height, width
     columns = parts[2 * parts.any(dim=2).sum(dim=1) > shape[0]].any(dim=1).float()  # of tall parts
-    shared = columns @ columns.T  # how many columns any two have in common
-    if (4 * shared < torch.minimum(shared.diag(), shared.diag()[:, None])).any():  # side by side
+    shared = columns @ columns.T  # columns that two share: of digits side by side, few
+    if (4 * shared < torch.minimum(shared.diag(), shared.diag()[:, None])).any():
         raise UserError(f"{path} seems to show several figures: one digit per picture")
     size = (20 * shape / shape.max()).round().clamp(min=1).int()  # the longer one 20
     digit = TF.resized_crop(parts.sum(dim=0)[None], *low.tolist(), *shape.tolist(), size.tolist())
