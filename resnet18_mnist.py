@@ -874,8 +874,8 @@ def visualize_model_architecture(model: nn.Module, image_size: int = 28) -> None
 
 # %% 7. Other digits
 #
-# Digits from elsewhere, in MNIST's form: uint8, 28×28, light ink on dark ground. In a picture, ink
-# is what differs from the paper, the digit is its large parts; these get MNIST's size and place.
+# Digits from elsewhere, in MNIST's form: uint8, 28×28, light ink on dark ground. To read a
+# picture: find its ink, pick the digit's parts, scale these to 20 pixels, center them in 28×28.
 
 
 def draw_synthetic_digits(data_dir=None, train_size: int = 6000, test_size: int = 1000) -> tuple:
@@ -1063,7 +1063,7 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, recipe: Recipe) -> None:
-    """Give a model what fits of torchvision's weights or of a file's. UserError if nothing does."""
+    """Load those of torchvision's or a file's weights that fit the model. UserError if none do."""
     target = model.state_dict()
     first = next(iter(target))
     with explaining(f"{recipe.model} cannot start from {recipe.weights}"):
@@ -1241,7 +1241,7 @@ COMMANDS |= {"predict": command_predict, "describe": command_describe}
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next step; else a step takes up to an eighth longer."""
+    """Let glibc keep freed memory for the next step; else a step takes up to a seventh longer."""
     with suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give memory back
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no mappings, which go back when freed
