@@ -625,7 +625,7 @@ class ResNetTrainer:
         self.history, self.best_weights = {"epoch": []}, {}
         if resume:
             with explaining("this cannot be resumed: it is not the last.pt of such a run"):
-                self.history, self.best_weights = resume["history"], resume["model"]
+                self.history, self.best_weights = resume["history"], resume["model"]  # the best
                 for name in ("model", "optimizer", "scheduler"):
                     getattr(self, name).load_state_dict(resume[f"last_{name}"])
         # DDP copies the first process's weights and averages all gradients, so that all processes
@@ -853,7 +853,7 @@ def visualize_model_architecture(model: nn.Module, image_size: int = 28) -> None
         layer |= {"parameters": sum(p.numel() for p in module.parameters()), "flops": 0, "live": 1}
         if isinstance(module, (nn.Conv2d, nn.Linear)):  # two FLOPs per multiply-add; the paper: one
             layer["flops"] = 2 * module.weight.numel() * y[0, 0].numel()  # at each position
-        if isinstance(module, nn.Conv2d):  # live: the share that ever meets a 1; padding is 0
+        if isinstance(module, nn.Conv2d):  # live: the share that meets a 1, not only padding
             window = (module.kernel_size, module.dilation, module.padding, module.stride)
             layer["live"] = F.unfold(torch.ones_like(inputs[0]), *window).amax(dim=2).mean()
         if isinstance(module, nn.BatchNorm2d):  # counted with the convolution before it
@@ -992,15 +992,15 @@ def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
     low, high = parts.nonzero()[:, 1:].aminmax(dim=0)
     shape = high - low + 1  # (2,): height, width
     columns = parts[2 * parts.any(dim=2).sum(dim=1) > shape[0]].any(dim=1).float()  # of tall parts
-    shared = columns @ columns.T  # columns that two share: of digits side by side, few
+    shared = columns @ columns.T  # [i, j]: columns that parts i and j share; side by side, few
     if (4 * shared < torch.minimum(shared.diag(), shared.diag()[:, None])).any():
         raise UserError(f"{path} seems to show several figures: one digit per picture")
     size = (20 * shape / shape.max()).round().clamp(min=1).int()  # the longer one 20
     digit = TF.resized_crop(parts.sum(dim=0)[None], *low.tolist(), *shape.tolist(), size.tolist())
     digit = (255 * digit[0] / digit.max()).round().byte()
     center = (digit > 127).nonzero().float().mean(dim=0)  # goes to the middle, 13.5
-    corner = -(13.5 - center).round().clamp(min=0).minimum(28 - size)
-    return picture, TF.crop(digit[None], *corner.int().tolist(), 28, 28)[0]  # crop() pads with 0
+    place = (13.5 - center).round().clamp(min=0).minimum(28 - size)  # of its corner
+    return picture, TF.crop(digit[None], *(-place).int().tolist(), 28, 28)[0]  # crop() pads with 0
 
 
 def plot_readings(read: dict[str, tuple], probabilities: Tensor) -> Figure:
@@ -1106,7 +1106,7 @@ def load_trainer(run: str | None, device: str | None) -> tuple[Path, ResNetTrain
 
 # %% 9. Command line
 
-# Common ways to train a ResNet on MNIST. A patience of 99 switches early stopping off.
+# Common ways to train a ResNet on MNIST. A patience of 99 means no early stopping.
 RECIPES = {
     "plateau":   Recipe(),
     "rgb32":     Recipe(input="rgb32", rotate=0, shift=0, stretch=0, lr=0.01, scheduler="none",
@@ -1179,7 +1179,7 @@ def command_train(args: argparse.Namespace) -> None:
             flags = f'--resume "{run_dir}" --data-dir "{args.data_dir}" --device {trainer.device}'
             print(f'stopped; to continue:  python "{sys.argv[0]}" {flags}', file=sys.stderr)
         elif run_dir and not checkpoint and not (run_dir / "best.pt").exists():
-            shutil.rmtree(run_dir)  # no epoch ended before the error: start again
+            shutil.rmtree(run_dir)  # nothing to keep: the same command works again
         raise
     if WORLD_SIZE > 1:
         distributed.destroy_process_group()
