@@ -607,7 +607,7 @@ class ResNetTrainer:
 
         Loaders yield (images, labels) and have a length; without a ``val_loader`` the training loss
         decides. ``changes`` override the recipe's settings. ``resume`` is last.pt's content. The
-        history has lists with a value per epoch: see _run_epoch(). Raises UserError.
+        history has, for names such as "val_loss", a list with a value per epoch. Raises UserError.
         """
         names = {"num_epochs": "epochs", "learning_rate": "lr"}  # accepted synonyms
         changes = {names.get(name, name): value for name, value in changes.items()}
