@@ -9,7 +9,7 @@
     python resnet18_mnist.py predict digit.png  read a digit from a photo or a drawing
     python resnet18_mnist.py describe           each layer's shape, parameters and FLOPs
 
-Sections 1 to 5, ending at line 695, show ResNet and its training. Each section is a notebook cell:
+Sections 1 to 5, ending at line 690, show ResNet and its training. Each section is a notebook cell:
 
     1  Network         the residual block, and five depths built from it
     2  Recipe          every setting of a run, with its default
@@ -302,7 +302,6 @@ def look_up(table: dict[str, Any], name: str, what: str) -> Any:
 
 # Channels, pixels per side, and the stem that "auto" means. gray28 takes a 17th of rgb32's FLOPs.
 INPUTS = {"gray28": (1, 28, "imagenet"), "rgb32": (3, 32, "cifar")}
-
 # Mean and standard deviation of the pixels of the training images, scaled to 0–1.
 STATISTICS = {"mnist": (0.1307, 0.3081), "kaggle": (0.1310, 0.3085), "none": (0.0, 1.0)}
 
@@ -480,10 +479,8 @@ def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, group
 #
 # The loss on validation images (test images only if select_on says so) tells which epoch's weights
 # to keep, when plateau lowers the learning rate, and when to stop. After each epoch, best.pt holds
-# the best weights; last.pt also holds the state to go on from. Each epoch seeds its random numbers
-# from seed and epoch, so a resumed run ends with the same bits as an unbroken one: on the same CPU,
-# with as many threads and processes (one or two; a sum of three depends on the order). Processes
-# share each batch, and DistributedDataParallel (DDP) averages their gradients.
+# the best weights; last.pt also holds the state to go on from. A resumed run ends with the same
+# bits as an unbroken one, on the same CPU, with as many threads and processes (at most two).
 
 
 def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", accumulate=1):
@@ -555,7 +552,6 @@ OPTIMIZERS: dict[str, Callable] = {
     "adamw": lambda p, r: AdamW(p, r.lr, weight_decay=r.weight_decay),
     "rmsprop": lambda p, r: RMSprop(p, r.lr, weight_decay=r.weight_decay),
 }
-
 # How to make a scheduler from an optimizer o, n updates per epoch, and a recipe r.
 SCHEDULERS: dict[str, Callable] = {
     "plateau": lambda o, n, r: ReduceLROnPlateau(
@@ -628,8 +624,7 @@ class ResNetTrainer:
                 self.history, self.best_weights = resume["history"], resume["model"]  # the best
                 for name in ("model", "optimizer", "scheduler"):
                     getattr(self, name).load_state_dict(resume[f"last_{name}"])
-        # DDP copies the first process's weights and averages all gradients, so that all processes
-        # stay in step. The batch norms of each see only its share of a batch.
+        # DDP averages all gradients, so processes stay in step. A batch norm sees only its share.
         model = nn.parallel.DistributedDataParallel(self.model) if WORLD_SIZE > 1 else self.model
         self._save()  # a run killed in epoch 1 can be resumed, too
         say("epoch  train loss       %   val loss       %        lr       s")
@@ -1057,9 +1052,14 @@ def build_model(recipe: Recipe) -> nn.Module:
 
 def read_tensors(path: str | Path) -> dict[str, Any]:
     """Load onto the CPU what torch.save() wrote; run no code in it. Raises UserError, OSError."""
-    with open(path, "rb") as file, suppress(Exception):
-        return dict(torch.load(file, map_location="cpu", weights_only=True))
-    raise UserError(f"{path} is damaged or holds objects, which are not run: save a state_dict()")
+    with open(path, "rb") as file:
+        try:
+            return dict(torch.load(file, map_location="cpu", weights_only=True))
+        except Exception as error:  # an unsupported global is a class or a function
+            holds_objects = "Unsupported global" in str(error)
+    if holds_objects:
+        raise UserError(f"{path} holds objects, which are not run: save its state_dict()")
+    raise UserError(f"{path} is damaged, or not in the usual format of torch.save()")
 
 
 def load_weights(model: nn.Module, recipe: Recipe) -> None:
