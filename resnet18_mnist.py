@@ -9,8 +9,7 @@
     python resnet18_mnist.py predict digit.png  read a digit from a photo or a drawing
     python resnet18_mnist.py describe           each layer's shape, parameters and FLOPs
 
-Sections 1 to 5, ending at line 690, show ResNet and its training. Each section is a notebook cell:
-
+Sections 1 to 5, ending at line 687, show ResNet and its training. Each section is a notebook cell:
     1  Network         the residual block, and five depths built from it
     2  Recipe          every setting of a run, with its default
     3  Data            70,000 digits as tensors, from which batches are made
@@ -58,7 +57,6 @@ from torchvision import datasets, models
 from torchvision.transforms.v2 import functional as TF
 
 # %% 1. Network
-#
 # In a plain network, a few layers learn a mapping H(x). In a residual network, they learn only its
 # difference from their input, F(x) = H(x) - x, and x is added back: y = F(x) + x (He 2015a, eq. 1).
 # Where H is nearly the identity, small weights are enough. More layers, which harm plain networks
@@ -217,7 +215,6 @@ def resnet152(**options: Any) -> ResNet:
 
 
 # %% 2. Recipe
-#
 # The settings of a run, each with a help text. Each is also a flag: ``lr_factor`` is --lr-factor.
 
 
@@ -296,12 +293,12 @@ def look_up(table: dict[str, Any], name: str, what: str) -> Any:
 
 
 # %% 3. Data
-#
 # MNIST takes only 55 MB, so it stays in memory as uint8; the trainer moves training images to the
 # device. A batch is picked by index, then converted to float, augmented and normalized as a whole.
 
 # Channels, pixels per side, and the stem that "auto" means. gray28 takes a 17th of rgb32's FLOPs.
 INPUTS = {"gray28": (1, 28, "imagenet"), "rgb32": (3, 32, "cifar")}
+
 # Mean and standard deviation of the pixels of the training images, scaled to 0–1.
 STATISTICS = {"mnist": (0.1307, 0.3081), "kaggle": (0.1310, 0.3085), "none": (0.0, 1.0)}
 
@@ -423,7 +420,6 @@ class MNISTDataLoader:
 
 
 # %% 4. Device
-#
 # bfloat16 has 16 bits, and float32's range, so small gradients do not vanish as they do in float16.
 # It keeps only two to three decimal digits, but is faster on hardware that supports it.
 
@@ -476,11 +472,11 @@ def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, group
 
 
 # %% 5. Training
-#
 # The loss on validation images (test images only if select_on says so) tells which epoch's weights
 # to keep, when plateau lowers the learning rate, and when to stop. After each epoch, best.pt holds
 # the best weights; last.pt also holds the state to go on from. A resumed run ends with the same
-# bits as an unbroken one, on the same CPU, with as many threads and processes (at most two).
+# bits as an unbroken one: on the same CPU, with as many threads and processes (one or two; a sum
+# of three depends on the order).
 
 
 def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", accumulate=1):
@@ -552,6 +548,7 @@ OPTIMIZERS: dict[str, Callable] = {
     "adamw": lambda p, r: AdamW(p, r.lr, weight_decay=r.weight_decay),
     "rmsprop": lambda p, r: RMSprop(p, r.lr, weight_decay=r.weight_decay),
 }
+
 # How to make a scheduler from an optimizer o, n updates per epoch, and a recipe r.
 SCHEDULERS: dict[str, Callable] = {
     "plateau": lambda o, n, r: ReduceLROnPlateau(
@@ -691,7 +688,6 @@ def train_model(model: nn.Module, train_loader, val_loader=None, device=None, **
 
 
 # %% 6. Report and pictures
-#
 # Each plot_…() function returns a matplotlib figure; after %matplotlib inline, a notebook shows it.
 
 BLUE, VERMILION = "#0072B2", "#D55E00"  # which color-blind eyes can tell apart (Okabe and Ito)
@@ -868,7 +864,6 @@ def visualize_model_architecture(model: nn.Module, image_size: int = 28) -> None
 
 
 # %% 7. Other digits
-#
 # Digits from elsewhere, in MNIST's form: uint8, 28×28, light ink on dark ground. To read a
 # picture: find its ink, pick the digit's parts, scale these to 20 pixels, center them in 28×28.
 
@@ -936,7 +931,7 @@ def find_ink(colors: Tensor, inside: Tensor) -> Tensor:
 
 
 def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
-    """Return parts (N, H, W) of the digit, not edges, sheets, shadows. Skip it at first."""
+    """Return the digit's parts (N, H, W), no edge or sheet. Raises UserError. Skip it at first."""
     ink = find_ink(colors, inside) if inside.sum() >= 64 else torch.zeros(inside.shape)
     numbers = torch.arange(1.0, ink.numel() + 1).view(1, *ink.shape) * (ink > 0)
     while not torch.equal(numbers, spread := F.max_pool2d(numbers, 3, 1, padding=1) * (ink > 0)):
@@ -958,6 +953,10 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
     encloses = filled.sum() > 0.88 * short * long and 2 * short > long > max(inside.shape) / 4
     touches = (parts * near(~inside)).flatten(1).any(dim=1)
     if not encloses and (4 * lengths[~touches] >= lengths.max()).any():
+        sides = parts[:, [0, -1]].any(dim=2).sum(dim=1) + parts[:, :, [0, -1]].any(dim=1).sum(dim=1)
+        # What comes in from outside touches two sides of the picture; a figure cut off, mostly one.
+        if (touches & (sides < 2) & (2 * lengths > lengths[~touches].max())).any():
+            raise UserError("seems to show several figures: one digit per picture")
         return parts[~touches]
     outside = ~filled if encloses else ~inside | parts[touches].any(dim=0)
     again = find_digit(colors, ~near(outside, 4))
@@ -970,7 +969,7 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
 
 def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
     """Return a picture and its digit, (28, 28) uint8 in MNIST's form. Raises UserError."""
-    with explaining(f"{path} cannot be read as an image"):
+    with explaining("cannot be read as an image"):
         picture = ImageOps.exif_transpose(Image.open(path))  # upright
         if picture.mode[0] in "IF":  # which convert() would cut off at 255
             raise ValueError("it has more than 8 bits per channel")
@@ -983,13 +982,16 @@ def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
         return picture, pixels  # as MNIST has it already
     parts = find_digit(torch.tensor(np.array(picture)).float(), torch.ones_like(pixels).bool())
     if len(parts) == 0:
-        raise UserError(f"{path} shows no ink")
+        raise UserError("shows no ink")
     low, high = parts.nonzero()[:, 1:].aminmax(dim=0)
     shape = high - low + 1  # (2,): height, width
-    columns = parts[2 * parts.any(dim=2).sum(dim=1) > shape[0]].any(dim=1).float()  # of tall parts
+    heights, widths = parts.any(dim=2).sum(dim=1), parts.any(dim=1).sum(dim=1)
+    columns = parts[2 * heights > shape[0]].any(dim=1).float()  # of tall parts
     shared = columns @ columns.T  # [i, j]: columns that parts i and j share; side by side, few
-    if (4 * shared < torch.minimum(shared.diag(), shared.diag()[:, None])).any():
-        raise UserError(f"{path} seems to show several figures: one digit per picture")
+    are_beside = (4 * shared < torch.minimum(shared.diag(), shared.diag()[:, None])).any()
+    longest = torch.maximum(heights, widths).max() / shape.max()  # part's share: of dots under 0.1
+    if are_beside or 0.1 < longest < 0.5 or shape[1] > 2 * shape[0]:
+        raise UserError("seems to show several figures: one digit per picture")
     size = (20 * shape / shape.max()).round().clamp(min=1).int()  # the longer one 20
     digit = TF.resized_crop(parts.sum(dim=0)[None], *low.tolist(), *shape.tolist(), size.tolist())
     digit = (255 * digit[0] / digit.max()).round().byte()
@@ -1014,7 +1016,6 @@ def plot_readings(read: dict[str, tuple], probabilities: Tensor) -> Figure:
 
 
 # %% 8. Other networks
-#
 # What a ResNet is compared with, and weights: those to start from, and those of a run.
 
 
@@ -1105,7 +1106,6 @@ def load_trainer(run: str | None, device: str | None) -> tuple[Path, ResNetTrain
 
 
 # %% 9. Command line
-
 # Common ways to train a ResNet on MNIST. A patience of 99 means no early stopping.
 RECIPES = {
     "plateau":   Recipe(),
@@ -1217,7 +1217,7 @@ def command_predict(args: argparse.Namespace) -> int:
         try:
             read[name] = read_image(name)
         except UserError as error:  # the others are still read
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {name} {error}", file=sys.stderr)
     if read:
         digits = torch.stack([digit for _, digit in read.values()])
         loader = TensorLoader(digits, torch.zeros(len(digits)).long(), trainer.recipe)
