@@ -475,8 +475,8 @@ def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, group
 # The loss on validation images (test images only if select_on says so) tells which epoch's weights
 # to keep, when plateau lowers the learning rate, and when to stop. After each epoch, best.pt holds
 # the best weights; last.pt also holds the state to go on from. A resumed run ends with the same
-# bits as an unbroken one: on the same CPU, with as many threads and processes (one or two; a sum
-# of three depends on the order).
+# bits as an unbroken one: on the same CPU, with as many threads and processes (at most two: the
+# sum of three gradients depends on the order).
 
 
 def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", accumulate=1):
@@ -907,7 +907,7 @@ def near(mask: Tensor, reach: int = 2) -> Tensor:
 
 
 def find_ink(colors: Tensor, inside: Tensor) -> Tensor:
-    """Return the ink, 0 to 1, at each pixel of colors (H, W, 3); 0 outside. Skip it at first."""
+    """Return the ink, 0 to 1, of colors (H, W, 3), 0 outside. Skip this on a first reading."""
     # Most of the border is paper, even around a digit that fills the picture. As light is uneven,
     # paper is fitted, in each color, by a surface of second degree; ink is what differs from it.
     paper = colors[inside & near(~inside, min(inside.shape) // 20 + 1)].median(dim=0).values
@@ -923,7 +923,7 @@ def find_ink(colors: Tensor, inside: Tensor) -> Tensor:
         paper = terms @ torch.linalg.lstsq(terms[is_paper], colors[is_paper], driver="gelsd")[0]
     on_paper, on_ink = difference[is_paper], difference[inside & ~is_paper]
     # Ink must differ from paper by 8 levels, and by 8 standard deviations of the paper or, as soft
-    # edges widen these, 2.3 times the sum of the paper's and the ink's. Blank pages reach 7, 2.2.
+    # edges widen these, 2.3 times the sum of paper's and ink's. Blank pages reach 7 and 2.2.
     spreads = [((x - x.mean()) ** 2).mean().sqrt() for x in (on_paper, on_ink)]
     is_clear = on_ink.mean() - on_paper.mean() > max(8, min(8 * spreads[0], 2.3 * sum(spreads)))
     strength = ((difference - threshold / 2) / (on_ink.mean() - threshold / 2)).clamp(0, 1)
@@ -931,7 +931,7 @@ def find_ink(colors: Tensor, inside: Tensor) -> Tensor:
 
 
 def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
-    """Return the digit's parts (N, H, W), no edge or sheet. Raises UserError. Skip it at first."""
+    """Return the digit's parts (N, H, W). Raises UserError. Skip this on a first reading."""
     ink = find_ink(colors, inside) if inside.sum() >= 64 else torch.zeros(inside.shape)
     numbers = torch.arange(1.0, ink.numel() + 1).view(1, *ink.shape) * (ink > 0)
     while not torch.equal(numbers, spread := F.max_pool2d(numbers, 3, 1, padding=1) * (ink > 0)):
@@ -943,7 +943,7 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
     lengths = torch.maximum(parts.any(dim=1).sum(dim=1), parts.any(dim=2).sum(dim=1))
     longest = parts[lengths.argmax()] > 0
     # If the longest part is large, fills its (tilted) box and is too wide for a 1, it is a sheet or
-    # frame: look inside it. Else drop parts at the edge; if the rest is short, search without them.
+    # frame: look inside it. Else drop parts at the edge; if the rest is short, look again.
     sides = [longest.rot90(turns).cumsum(dim=0).rot90(-turns) > 0 for turns in range(4)]
     filled = inside & torch.stack(sides).all(dim=0)  # what has pixels of it on all four sides
     angles = torch.arange(32) * math.pi / 32
@@ -953,17 +953,17 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
     encloses = filled.sum() > 0.88 * short * long and 2 * short > long > max(inside.shape) / 4
     touches = (parts * near(~inside)).flatten(1).any(dim=1)
     if not encloses and (4 * lengths[~touches] >= lengths.max()).any():
-        sides = parts[:, [0, -1]].any(dim=2).sum(dim=1) + parts[:, :, [0, -1]].any(dim=1).sum(dim=1)
-        # What comes in from outside touches two sides of the picture; a figure cut off, mostly one.
-        if (touches & (sides < 2) & (2 * lengths > lengths[~touches].max())).any():
+        # Of what is dropped, edges and shadows touch two sides of the picture, a figure mostly one.
+        count = parts[:, [0, -1]].any(dim=2).sum(dim=1) + parts[:, :, [0, -1]].any(dim=1).sum(dim=1)
+        if (touches & (count < 2) & (2 * lengths > lengths[~touches].max())).any():
             raise UserError("seems to show several figures: one digit per picture")
         return parts[~touches]
     outside = ~filled if encloses else ~inside | parts[touches].any(dim=0)
     again = find_digit(colors, ~near(outside, 4))
-    # If this finds nothing, the first call keeps a tight digit or square 0, but no sheet or shadow.
+    # If that finds nothing, the outermost call keeps a tight digit or square 0, no sheet or shadow.
     is_sheet = encloses and 2 * longest.sum() > filled.sum()
     gaps = inside.shape - np.ptp(parts.nonzero()[:, 1:].numpy(), axis=0) - 1  # rows, columns left
-    is_shadow = parts[:, [0, -1]][..., [0, -1]].any() and gaps.max() > 4  # in a corner, not across
+    is_shadow = parts[:, [0, -1]][..., [0, -1]].any() and gaps.max() > 4  # in a corner, not full
     return again if again.any() or is_sheet or is_shadow or not inside.all() else parts
 
 
@@ -989,8 +989,8 @@ def read_image(path: str | Path) -> tuple[Image.Image, Tensor]:
     columns = parts[2 * heights > shape[0]].any(dim=1).float()  # of tall parts
     shared = columns @ columns.T  # [i, j]: columns that parts i and j share; side by side, few
     are_beside = (4 * shared < torch.minimum(shared.diag(), shared.diag()[:, None])).any()
-    longest = torch.maximum(heights, widths).max() / shape.max()  # part's share: of dots under 0.1
-    if are_beside or 0.1 < longest < 0.5 or shape[1] > 2 * shape[0]:
+    share = torch.maximum(heights, widths).max() / shape.max()  # the longest part's; tiny for dots
+    if are_beside or 0.1 < share < 0.5 or shape[1] > 2 * shape[0]:
         raise UserError("seems to show several figures: one digit per picture")
     size = (20 * shape / shape.max()).round().clamp(min=1).int()  # the longer one 20
     digit = TF.resized_crop(parts.sum(dim=0)[None], *low.tolist(), *shape.tolist(), size.tolist())
