@@ -621,7 +621,7 @@ class ResNetTrainer:
                 self.history, self.best_weights = resume["history"], resume["model"]  # the best
                 for name in ("model", "optimizer", "scheduler"):
                     getattr(self, name).load_state_dict(resume[f"last_{name}"])
-        # DDP averages all gradients, so processes stay in step. A batch norm sees only its share.
+        # DDP averages gradients, so processes stay in step. Batch norms see a share of the batch.
         model = nn.parallel.DistributedDataParallel(self.model) if WORLD_SIZE > 1 else self.model
         self._save()  # a run killed in epoch 1 can be resumed, too
         say("epoch  train loss       %   val loss       %        lr       s")
@@ -956,7 +956,7 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
         # Of what is dropped, edges and shadows touch two sides of the picture, a figure mostly one.
         count = parts[:, [0, -1]].any(dim=2).sum(dim=1) + parts[:, :, [0, -1]].any(dim=1).sum(dim=1)
         if (touches & (count < 2) & (2 * lengths > lengths[~touches].max())).any():
-            raise UserError("seems to show several figures: one digit per picture")
+            raise UserError("seems to show several figures, one of them at its edge")
         return parts[~touches]
     outside = ~filled if encloses else ~inside | parts[touches].any(dim=0)
     again = find_digit(colors, ~near(outside, 4))
