@@ -9,7 +9,7 @@
     python resnet18_mnist.py predict digit.png  read a digit from a photo or a drawing
     python resnet18_mnist.py describe           each layer's shape, parameters and FLOPs
 
-Sections 1 to 5, ending at line 687, show ResNet and its training. Each section is a notebook cell:
+Sections 1 to 5, ending at line 688, show ResNet and its training. Each section is a notebook cell:
     1  Network         the residual block, and five depths built from it
     2  Recipe          every setting of a run, with its default
     3  Data            70,000 digits as tensors, from which batches are made
@@ -60,7 +60,7 @@ from torchvision.transforms.v2 import functional as TF
 # In a plain network, a few layers learn a mapping H(x). In a residual network, they learn only its
 # difference from their input, F(x) = H(x) - x, and x is added back: y = F(x) + x (He 2015a, eq. 1).
 # Where H is nearly the identity, small weights are enough. More layers, which harm plain networks
-# (fig. 1), do not harm residual ones. State dicts are interchangeable with torchvision's.
+# (fig. 1), need not harm residual ones. State dicts are interchangeable with torchvision's.
 
 
 def conv3x3(inplanes: int, outplanes: int, stride: int = 1) -> nn.Conv2d:
@@ -299,7 +299,7 @@ def look_up(table: dict[str, Any], name: str, what: str) -> Any:
 # Channels, pixels per side, and the stem that "auto" means. gray28 takes a 17th of rgb32's FLOPs.
 INPUTS = {"gray28": (1, 28, "imagenet"), "rgb32": (3, 32, "cifar")}
 
-# Mean and standard deviation of the pixels of the training images, scaled to 0–1.
+# Mean and standard deviation of the pixels of the training images; "none" leaves pixels at 0–1.
 STATISTICS = {"mnist": (0.1307, 0.3081), "kaggle": (0.1310, 0.3085), "none": (0.0, 1.0)}
 
 
@@ -375,7 +375,7 @@ class TensorLoader:
         self.batch_size = max(2, recipe.batch_size // WORLD_SIZE) if train else 250  # or any size
 
     def __len__(self) -> int:
-        # Training drops a last batch of one image, on which batch norm fails at 1×1 maps: so - 1.
+        # Training drops a last batch of one image (- 1): on 1×1 maps, batch norm needs two.
         n = (len(self.labels) // WORLD_SIZE - 1) if self.train else len(self.labels)
         return math.ceil(n / self.batch_size)
 
@@ -441,6 +441,8 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
     try:
         return pick_device(best)
     except UserError as error:
+        if WORLD_SIZE > 1:  # all processes need the same kind of device
+            raise
         print(f"WARNING: {error}", file=sys.stderr)
         return torch.device("cpu")
 
@@ -458,7 +460,7 @@ def pick_precision(name: str, device: torch.device) -> str:
 def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
     """Do what F.conv2d() does, faster for a 3×3 convolution whose output is a single position.
 
-    While it trains, the trainer puts it in the place of F.conv2d(). Only speed and rounding change,
+    While training, the trainer puts it in the place of F.conv2d(). Only speed and rounding change,
     so skip it on a first reading. On a 1×1 map, or a 2×2 map with stride 2, most of the 9 weights
     meet only padding. The others make a matrix product: half the time per step (CPU, float32).
     """
@@ -472,11 +474,10 @@ def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, group
 
 
 # %% 5. Training
-# The loss on validation images (test images only if select_on says so) tells which epoch's weights
-# to keep, when plateau lowers the learning rate, and when to stop. After each epoch, best.pt holds
-# the best weights; last.pt also holds the state to go on from. A resumed run ends with the same
-# bits as an unbroken one: on the same CPU, with as many threads and processes (at most two: the
-# sum of three gradients depends on the order).
+# The loss on validation images (test images only if select_on says so) tells which weights to keep,
+# when plateau lowers the rate, and when to stop. After each epoch, best.pt has the best weights;
+# last.pt also has the state to go on from. A resumed run ends with the bits of an unbroken one: on
+# the same CPU, with as many threads and processes (at most two: sums of three depend on the order).
 
 
 def train_one_epoch(model, loader, optimizer, scheduler=None, precision="fp32", accumulate=1):
@@ -625,7 +626,7 @@ class ResNetTrainer:
         model = nn.parallel.DistributedDataParallel(self.model) if WORLD_SIZE > 1 else self.model
         self._save()  # a run killed in epoch 1 can be resumed, too
         say("epoch  train loss       %   val loss       %        lr       s")
-        # Inside, random numbers do not touch the caller's generator; layers use fast_conv2d().
+        # Inside, the caller's CPU generator is not touched, and convolutions use fast_conv2d().
         with torch.random.fork_rng(devices=[]), mock.patch.object(F, "conv2d", fast_conv2d):
             for epoch in range(len(self.history["epoch"]) + 1, recipe.epochs + 1):
                 if epoch > best_epoch(self.history) + recipe.patience:
@@ -639,7 +640,7 @@ class ResNetTrainer:
         """Train ``model`` (self.model, or DDP around it) for an epoch; validate, save, print."""
         started = time.perf_counter()
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        # Every epoch has its own seed, so a resumed run need not know what was drawn before.
+        # Each epoch seeds the CPU's generator, so a resumed run need not know earlier draws.
         torch.default_generator.manual_seed(self.recipe.seed * 1_000_003 + epoch)
         train = train_one_epoch(
             model, loader, self.optimizer, self.scheduler, self.precision, self.recipe.accumulate
@@ -710,7 +711,7 @@ def classification_report(results: dict) -> str:
     """Return precision, recall, F1 (%) as text: per digit, averaged over digits and over images."""
     matrix = confusion_matrix(results)
     hits, images, predicted = matrix.diag(), matrix.sum(dim=1), matrix.sum(dim=0)
-    # Hits are divided by how often a digit was predicted, by how often it occurs, by their mean.
+    # Hits per prediction (precision), per occurrence (recall), per mean of both (F1).
     counts = torch.stack([predicted, images, (images + predicted) / 2], dim=1)
     scores = 100 * hits[:, None] / counts.clamp(min=1)  # (digits, 3)
     line = "{:<9}{:10.2f}{:10.2f}{:10.2f}{:10,}"
@@ -735,7 +736,7 @@ def save_figure(figure: Figure, folder: str | Path, name: str) -> None:
 
 
 def plot_curves(history: dict[str, list], title: str = "") -> Figure:
-    """Plot loss and accuracy per epoch, with the best epoch and each drop of the learning rate."""
+    """Plot loss and accuracy per epoch, the best epoch, and drops of the rate (not onecycle's)."""
     rates = history["learning_rate"]
     best = best_epoch(history)
     figure, [axes] = new_figure(1, 2, 11, 4.2, title)
@@ -870,8 +871,7 @@ def visualize_model_architecture(model: nn.Module, image_size: int = 28) -> None
 
 def draw_synthetic_digits(data_dir=None, train_size: int = 6000, test_size: int = 1000) -> tuple:
     """Draw digits, the same each time; return them as read_mnist() does. No data_dir is read."""
-    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
-    paths = [path for path in sorted(folder.glob("DejaVu*")) if "Display" not in path.name]
+    paths = sorted(Path(matplotlib.get_data_path(), "fonts", "ttf").glob("DejaVu*[!y].ttf"))
     rng = np.random.RandomState(0)
     labels = torch.arange(train_size + test_size) % 10
     images = torch.zeros(len(labels), 28, 28, dtype=torch.uint8)
@@ -953,14 +953,14 @@ def find_digit(colors: Tensor, inside: Tensor) -> Tensor:
     encloses = filled.sum() > 0.88 * short * long and 2 * short > long > max(inside.shape) / 4
     touches = (parts * near(~inside)).flatten(1).any(dim=1)
     if not encloses and (4 * lengths[~touches] >= lengths.max()).any():
-        # Of what is dropped, edges and shadows touch two sides of the picture, a figure mostly one.
+        # Edges and shadows touch two sides of the picture; a part at one side is mostly a figure.
         count = parts[:, [0, -1]].any(dim=2).sum(dim=1) + parts[:, :, [0, -1]].any(dim=1).sum(dim=1)
         if (touches & (count < 2) & (2 * lengths > lengths[~touches].max())).any():
             raise UserError("seems to show several figures, one of them at its edge")
         return parts[~touches]
     outside = ~filled if encloses else ~inside | parts[touches].any(dim=0)
     again = find_digit(colors, ~near(outside, 4))
-    # If that finds nothing, the outermost call keeps a tight digit or square 0, no sheet or shadow.
+    # If that is empty, the outermost call keeps a tight digit or square 0, not a sheet or shadow.
     is_sheet = encloses and 2 * longest.sum() > filled.sum()
     gaps = inside.shape - np.ptp(parts.nonzero()[:, 1:].numpy(), axis=0) - 1  # rows, columns left
     is_shadow = parts[:, [0, -1]][..., [0, -1]].any() and gaps.max() > 4  # in a corner, not full

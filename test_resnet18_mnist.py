@@ -347,6 +347,9 @@ def test_devices_that_cannot_compute_are_named_or_passed_over(monkeypatch, capsy
         rm.pick_device("cuda")
     assert rm.pick_device().type == "cpu"
     assert re.fullmatch("WARNING: .*Tesla K80.*\n", capsys.readouterr().err)
+    monkeypatch.setattr(rm, "WORLD_SIZE", 2)
+    with pytest.raises(rm.UserError, match="cuda"):  # processes on other devices would wait
+        rm.pick_device()
 
 
 def test_fast_conv2d_gives_the_same_gradients(monkeypatch):
@@ -396,8 +399,7 @@ def test_usage_from_python(monkeypatch):
 def test_plain_dataloaders_work_and_the_best_weights_are_kept():
     images, labels = FEW[0][:, None] / 255, FEW[1]
     batches = DataLoader(TensorDataset(images, labels), 32, shuffle=True)
-    # With wrong labels to validate on, the better the model learns the higher its loss.
-    val = DataLoader(TensorDataset(images, (labels + 1) % 10), 32)
+    val = DataLoader(TensorDataset(images, (labels + 1) % 10), 32)  # wrong: learning harms
     trainer, history = train(None, batches, val, epochs=9, lr_patience=9)
     assert history["val_loss"] == sorted(history["val_loss"])
     assert len(history["epoch"]) == 6  # the first one is the best, and patience is 5
@@ -445,8 +447,7 @@ def test_plateau_lowers_the_rate_and_patience_ends_the_run(monkeypatch, capsys):
 
 
 def test_schedules():
-    rates = {"none": [1, 1, 1, 1], "step": [1, 1, 0.1, 0.1]}  # of epochs of two updates
-    rates["onecycle"] = [0.04, 0.972, 0.556, 0.077]
+    rates = {"none": [1] * 4, "step": [1, 1, 0.1, 0.1], "onecycle": [0.04, 0.972, 0.556, 0.077]}
     settings = {"epochs": 4, "accumulate": 2, "lr": 1.0, "lr_step": 2, "lr_factor": 0.1}
     for scheduler, expected in rates.items():
         _, history = train(scheduler=scheduler, **settings)
@@ -487,8 +488,7 @@ def test_resumed_equals_uninterrupted_and_leaves_rng_alone(tmp_path, kind, monke
         model = nn.Sequential(*body, nn.Flatten(), nn.Dropout(), nn.Linear(8, 10))
         before = torch.get_rng_state()
         train(model, data, data, resume, folder, epochs=epochs, lr=0.05)
-        # Else networks made after it, in a loop over seeds say, would all be the same.
-        assert torch.equal(torch.get_rng_state(), before)
+        assert torch.equal(torch.get_rng_state(), before)  # else later networks would be alike
         last, best = load(folder / "last.pt"), load(folder / "best.pt")
         torch.testing.assert_close(last["model"], best["model"], rtol=0, atol=0)
         return last
