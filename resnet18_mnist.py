@@ -1120,7 +1120,7 @@ RECIPES = {
                         weight_decay=1e-4, scheduler="step", lr_step=7, lr_factor=0.1, patience=99),
     "fast":      Recipe(epochs=6, batch_size=256, optimizer="nesterov", lr=0.2,
                         scheduler="onecycle", patience=99),
-    "best":      Recipe(stem="cifar", rotate=10, shift=0.08, stretch=0.1, epochs=12, batch_size=256,
+    "best":      Recipe(stem="cifar", rotate=10, shift=0.08, stretch=0.1, epochs=7, batch_size=256,
                         optimizer="nesterov", lr=0.1, scheduler="onecycle", patience=99),
 }  # fmt: skip
 
