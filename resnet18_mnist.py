@@ -871,7 +871,7 @@ def visualize_model_architecture(model: nn.Module, image_size: int = 28) -> None
 
 def draw_synthetic_digits(data_dir=None, train_size: int = 6000, test_size: int = 1000) -> tuple:
     """Draw digits, the same each time; return them as read_mnist() does. No data_dir is read."""
-    paths = sorted(Path(matplotlib.get_data_path(), "fonts", "ttf").glob("DejaVu*[!y].ttf"))
+    paths = sorted(Path(matplotlib.get_data_path()).rglob("DejaVu*[!y].ttf"))  # no Display fonts
     rng = np.random.RandomState(0)
     labels = torch.arange(train_size + test_size) % 10
     images = torch.zeros(len(labels), 28, 28, dtype=torch.uint8)
