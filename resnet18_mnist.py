@@ -1110,18 +1110,18 @@ def load_trainer(run: str | None, device: str | None) -> tuple[Path, ResNetTrain
 RECIPES = {
     "plateau":   Recipe(),
     "rgb32":     Recipe(input="rgb32", rotate=0, shift=0, stretch=0, lr=0.01, scheduler="none",
-                        patience=99),
+        patience=99),
     "adam":      Recipe(normalize="none", rotate=0, shift=0, stretch=0, optimizer="adam", lr=0.001,
-                        weight_decay=0, scheduler="none", patience=99),
+        weight_decay=0, scheduler="none", patience=99),
     "kaggle":    Recipe(dataset="kaggle", normalize="kaggle", val_size=4200, rotate=10, shift=0,
-                        stretch=0, epochs=15, batch_size=32, optimizer="adam", lr=0.01,
-                        weight_decay=0, scheduler="step", lr_step=5, lr_factor=0.05, patience=10),
+        stretch=0, epochs=15, batch_size=32, optimizer="adam", lr=0.01, weight_decay=0,
+        scheduler="step", lr_step=5, lr_factor=0.05, patience=10),
     "augmented": Recipe(rotate=10, shift=0.1, stretch=0, optimizer="adam", lr=0.001,
-                        weight_decay=1e-4, scheduler="step", lr_step=7, lr_factor=0.1, patience=99),
+        weight_decay=1e-4, scheduler="step", lr_step=7, lr_factor=0.1, patience=99),
     "fast":      Recipe(epochs=6, batch_size=256, optimizer="nesterov", lr=0.2,
-                        scheduler="onecycle", patience=99),
-    "best":      Recipe(stem="cifar", rotate=10, shift=0.08, stretch=0.1, epochs=7, batch_size=256,
-                        optimizer="nesterov", lr=0.1, scheduler="onecycle", patience=99),
+        scheduler="onecycle", patience=99),
+    "best":      Recipe(stem="cifar", rotate=10, shift=0.08, stretch=0.1, epochs=14, batch_size=256,
+        optimizer="nesterov", lr=0.1, weight_decay=1e-3, scheduler="onecycle", patience=99),
 }  # fmt: skip
 
 

@@ -389,7 +389,7 @@ def test_usage_from_python(monkeypatch):
     assert set(names["results"]) == {"loss", "accuracy", "predictions", "labels", "probabilities"}
     for p in model.layer1.parameters():
         p.requires_grad = False
-    before = copy.deepcopy(model.state_dict())
+    before = copy.deepcopy(model.cpu().state_dict())
     train(model, names["train_loader"], epochs=1)
     for name, value in model.state_dict().items():  # frozen batch norms keep their statistics, too
         if not name.endswith("num_batches_tracked"):
