@@ -1118,7 +1118,7 @@ RECIPES = {
         scheduler="step", lr_step=5, lr_factor=0.05, patience=10),
     "augmented": Recipe(rotate=10, shift=0.1, stretch=0, optimizer="adam", lr=0.001,
         weight_decay=1e-4, scheduler="step", lr_step=7, lr_factor=0.1, patience=99),
-    "fast":      Recipe(epochs=6, batch_size=256, optimizer="nesterov", lr=0.2,
+    "fast":      Recipe(epochs=4, batch_size=256, optimizer="nesterov", lr=0.1, weight_decay=1e-3,
         scheduler="onecycle", patience=99),
     "best":      Recipe(stem="cifar", rotate=10, shift=0.08, stretch=0.1, epochs=14, batch_size=256,
         optimizer="nesterov", lr=0.1, weight_decay=1e-3, scheduler="onecycle", patience=99),
