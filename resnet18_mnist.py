@@ -421,7 +421,7 @@ class MNISTDataLoader:
 
 # %% 4. Device
 # bfloat16 has 16 bits, and float32's range, so small gradients do not vanish as they do in float16.
-# It keeps only two to three decimal digits, but is faster on hardware that supports it.
+# It keeps only two to three decimal digits, but is often faster on hardware that supports it.
 
 
 def pick_device(name: str | torch.device | None = None) -> torch.device:
@@ -462,7 +462,7 @@ def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, group
 
     While training, the trainer puts it in the place of F.conv2d(). Only speed and rounding change,
     so skip it on a first reading. On a 1×1 map, or a 2×2 map with stride 2, most of the 9 weights
-    meet only padding. The others make a matrix product: half the time per step (CPU, float32).
+    meet only padding. The others make a matrix product, which halves a CPU's time per step (fp32).
     """
     is_conv3x3 = weight.shape[2:] == (3, 3) and padding == dilation == (1, 1) and groups == 1
     height, width = input.shape[-2:]
@@ -592,7 +592,7 @@ class ResNetTrainer:
         self.run_dir = Path(run_dir) if run_dir and RANK == 0 else None
         self.device = pick_device(device)
         self.precision = pick_precision(self.recipe.precision, self.device)
-        # (N, H, W, C) in memory is faster; on mps, gradients were wrong (PyTorch issue 175189).
+        # (N, H, W, C) in memory is faster on CPUs; mps had wrong gradients (PyTorch issue 175189).
         layout = torch.preserve_format if self.device.type == "mps" else torch.channels_last
         self.model = model.to(self.device, memory_format=layout)
 
