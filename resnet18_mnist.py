@@ -462,7 +462,7 @@ def fast_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, group
 
     While training, the trainer puts it in the place of F.conv2d(). Only speed and rounding change,
     so skip it on a first reading. On a 1×1 map, or a 2×2 map with stride 2, most of the 9 weights
-    meet only padding. The others make a matrix product, which halves a CPU's time per step (fp32).
+    meet only padding. The others make a matrix product: half the time per step (CPU, float32).
     """
     is_conv3x3 = weight.shape[2:] == (3, 3) and padding == dilation == (1, 1) and groups == 1
     height, width = input.shape[-2:]
